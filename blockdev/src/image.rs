@@ -1,0 +1,1 @@
+//! An image file as the shared device.

@@ -1,0 +1,155 @@
+//! The shared device that every node of a volume reads and writes.
+//!
+//! One trait, [`BlockDevice`], hides what is below: an image file ([`image`]) or the simulated device of the
+//! tests ([`sim`]). Offsets and lengths are in bytes and multiples of [`Geometry::sector_size`]. The trait promises
+//! only what a SCSI disk promises: a write is atomic per sector, unordered and volatile until [`BlockDevice::flush`]
+//! returns, and compare-and-write of one sector is atomic against other compare-and-writes (not against plain writes,
+//! hence I10). After [`DevError::Unknown`] the outcome must be read back before anything is decided (I9).
+
+mod buf;
+pub mod image;
+pub mod sim;
+mod stats;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+pub use buf::AlignedBuf;
+pub use stats::{ClassStats, DeviceStats, StatsSnapshot};
+
+/// What an I/O is for; counted apart, so that tests can assert budgets per purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IoClass {
+    /// Superblock, trees, bitmaps: reads, and placing.
+    Meta,
+    /// File contents.
+    Data,
+    /// A node's journal.
+    Journal,
+    /// Lock blocks and slot blocks.
+    Lock,
+    /// Heartbeats, doorbells and the reading of other nodes' ones: the idle cost of being a member.
+    Liveness,
+}
+
+/// How liveness of another node can be judged on this device and what fencing it offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FencingKind {
+    /// OFD locks on the image file tell at once that a node's process is gone.
+    ProcessLock,
+    /// SCSI-3 persistent reservations: PREEMPT AND ABORT.
+    Reservations,
+    /// None: a takeover waits out the lease and the longest I/O queueing time.
+    None,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Logical sector in bytes (512 or 4096): unit of atomic writes and of compare-and-write.
+    pub sector_size: u32,
+    /// Size of the device in bytes.
+    pub size: u64,
+    /// Whether completed writes may be lost before a flush.
+    pub write_cache: bool,
+    pub fencing: FencingKind,
+}
+
+/// Who may write: one mount. `slot` < number of nodes; `incarnation` as in the slot block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FenceKey {
+    pub slot: u16,
+    pub incarnation: u32,
+}
+
+/// The result of [`BlockDevice::compare_and_write`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Caw {
+    Written,
+    /// The sector held something else: its content.
+    Mismatch(Vec<u8>),
+}
+
+/// What the device knows of another node's ability to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// No write of that node can arrive any more (its process is gone).
+    Gone,
+    /// It still can write.
+    Present,
+    /// This device cannot tell.
+    Unknown,
+}
+
+/// The result of [`BlockDevice::fence`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fenced {
+    /// No write of the victim arrives after this.
+    Done,
+    /// This device cannot fence: wait out the lease and the queueing time.
+    MustWait,
+}
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum DevError {
+    #[error("{op} of {len} bytes at offset {offset}: {source}")]
+    Io { op: &'static str, offset: u64, len: usize, source: Arc<std::io::Error> },
+    /// Timed out, aborted or cut off: it may or may not have happened (I9).
+    #[error("{op} of {len} bytes at offset {offset}: outcome unknown")]
+    Unknown { op: &'static str, offset: u64, len: usize },
+    /// Another node fenced this one, or its lease lapsed (I12): nothing was written.
+    #[error("this node is fenced from the device")]
+    Fenced,
+    #[error("{op} of {len} bytes at offset {offset} is misaligned or beyond the end of the device ({size} bytes)")]
+    Range { op: &'static str, offset: u64, len: usize, size: u64 },
+}
+
+pub type Result<T> = std::result::Result<T, DevError>;
+
+/// The shared device, as one node sees it.
+#[async_trait]
+pub trait BlockDevice: Send + Sync + 'static {
+    fn geometry(&self) -> Geometry;
+
+    /// Reads consecutive buffers of `lens` bytes each from `offset` in one device operation.
+    async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>>;
+
+    /// Writes `bufs` consecutively from `offset` in one device operation. With `fua` it is durable on return.
+    async fn writev(&self, class: IoClass, offset: u64, bufs: Vec<Arc<AlignedBuf>>, fua: bool) -> Result<()>;
+
+    /// Makes every write that completed before this call durable.
+    async fn flush(&self, class: IoClass) -> Result<()>;
+
+    /// Replaces the sector at `offset` by `new` if it holds `expect`, atomically. Both are one sector long.
+    async fn compare_and_write(&self, offset: u64, expect: &[u8], new: &[u8]) -> Result<Caw>;
+
+    /// Announces this mount as the owner of `key`; replaces an earlier key of this mount. From here on
+    /// [`presence`](Self::presence) of that slot is `Present` for the others, and the node can be fenced.
+    async fn register(&self, key: FenceKey) -> Result<()>;
+
+    /// Takes back [`register`](Self::register).
+    async fn unregister(&self) -> Result<()>;
+
+    /// Whether the owner of `key` can still write.
+    async fn presence(&self, key: FenceKey) -> Result<Presence>;
+
+    /// Cuts the owner of `key` off from writing, in-flight writes included.
+    async fn fence(&self, key: FenceKey) -> Result<Fenced>;
+
+    /// Tells the device that the range is unused (an image file punches a hole). May do nothing.
+    async fn discard(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Counters of this node's I/O since it opened the device.
+    fn stats(&self) -> &DeviceStats;
+
+    /// One buffer of `len` bytes.
+    async fn read(&self, class: IoClass, offset: u64, len: usize) -> Result<AlignedBuf> {
+        let mut v = self.readv(class, offset, &[len]).await?;
+        v.pop().ok_or(DevError::Range { op: "read", offset, len, size: self.geometry().size })
+    }
+
+    /// One buffer.
+    async fn write(&self, class: IoClass, offset: u64, buf: Arc<AlignedBuf>, fua: bool) -> Result<()> {
+        self.writev(class, offset, vec![buf], fua).await
+    }
+}

@@ -1,0 +1,1 @@
+//! The simulated shared device of the tests.

@@ -1,0 +1,52 @@
+//! Where the cluster's sectors lie on the device; filled in from the superblock.
+
+use crate::{LockId, Slot};
+
+/// Byte offsets of the cluster areas. Every record is one logical sector; records are `stride` bytes apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Identifies the volume (first 8 bytes of its UUID, little endian): every record carries it.
+    pub volume: u64,
+    /// Logical sector size in bytes, 512 or 4096.
+    pub stride: u64,
+    pub nodes: u16,
+    /// `nodes` slot blocks (compare-and-write only, I10).
+    pub slots: u64,
+    /// `nodes` heartbeat sectors (plain writes by the owner).
+    pub heartbeats: u64,
+    /// `nodes` rows of `nodes` cells: row = receiver, cell = sender (plain writes by the sender).
+    pub doorbells: u64,
+    /// Lock blocks: first those of `groups` groups, then those of `domains` domains (compare-and-write only, I10).
+    pub locks: u64,
+    pub groups: u32,
+    pub domains: u32,
+}
+
+impl Layout {
+    pub fn slot_block(&self, slot: Slot) -> u64 {
+        self.slots + u64::from(slot) * self.stride
+    }
+
+    pub fn heartbeat(&self, slot: Slot) -> u64 {
+        self.heartbeats + u64::from(slot) * self.stride
+    }
+
+    /// Start of the doorbell row that `receiver` polls.
+    pub fn doorbell_row(&self, receiver: Slot) -> u64 {
+        self.doorbells + u64::from(receiver) * u64::from(self.nodes) * self.stride
+    }
+
+    pub fn doorbell_cell(&self, receiver: Slot, sender: Slot) -> u64 {
+        self.doorbell_row(receiver) + u64::from(sender) * self.stride
+    }
+
+    /// Byte offset of a lock block; `None` if the volume has no such lock.
+    pub fn lock_block(&self, id: LockId) -> Option<u64> {
+        let index = match id {
+            LockId::Group(g) if g < self.groups => u64::from(g),
+            LockId::Domain(d) if d < self.domains => u64::from(self.groups) + u64::from(d),
+            _ => return None,
+        };
+        Some(self.locks + index * self.stride)
+    }
+}

@@ -1,0 +1,86 @@
+//! Membership and locks of a volume's nodes, kept on the shared device itself: slots, heartbeats, incarnations,
+//! lock blocks, handover, doorbells and network hints.
+//!
+//! A volume joins with [`Node::join`], acquires locks with [`Node::acquire`], is told by its [`LockClient`] when another
+//! node wants one, and gives it up with [`Node::release`].
+
+mod layout;
+mod timeouts;
+mod types;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use blockdev::{BlockDevice, DevError};
+
+pub use layout::Layout;
+pub use timeouts::Timeouts;
+pub use types::*;
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ClusterError {
+    #[error(transparent)]
+    Device(#[from] DevError),
+    #[error(
+        "all {nodes} node slots of the volume are in use: unmount a node, or make the volume anew with a larger --nodes"
+    )]
+    Full { nodes: u16 },
+    #[error("{what} at offset {offset} is damaged: run fsck.clusterfs")]
+    Damaged { what: String, offset: u64 },
+    #[error("the volume has no {0}")]
+    NoSuchLock(LockId),
+    #[error("this node lost its lease and may not use the volume until it has rejoined")]
+    Lapsed,
+    #[error("this node is leaving the volume")]
+    Leaving,
+    #[error("slot {slot} cannot be recovered: {reason}")]
+    Recovery { slot: Slot, reason: String },
+}
+
+pub type Result<T> = std::result::Result<T, ClusterError>;
+
+/// Replays a dead node's journal. Called under the slot's own lock, after fencing, before the incarnation ends; may be
+/// called again for the same node if the recoverer dies in the middle, so it is idempotent.
+#[async_trait]
+pub trait Recoverer: Send + Sync + 'static {
+    async fn replay(&self, dead: NodeId) -> std::result::Result<(), String>;
+}
+
+/// The user of the locks: told what the others want. Calls return at once; work is spawned.
+pub trait LockClient: Send + Sync + 'static {
+    /// Another node wants `id` in `wanted`; end by [`Node::release`]. Called once per grant, after the minimum hold time,
+    /// again if the want grows from shared to exclusive. Unknown or already released locks are ignored.
+    fn demand(&self, id: LockId, wanted: Mode);
+    /// The incarnation ended after a crash: its journal is replayed and its locks are free. Called on the recoverer.
+    fn recovered(&self, dead: NodeId);
+    /// This node lapsed or was fenced: every lock is lost, nothing may be written any more (I12).
+    fn lapsed(&self);
+}
+
+/// Sends and receives hints. Hints may be lost, delayed, doubled: they only save waiting for the doorbell (section 2.3).
+/// Below it is UDP, or the simulator's network.
+#[async_trait]
+pub trait HintNet: Send + Sync + 'static {
+    /// Where others reach this node, stored in its slot block; at most 64 bytes.
+    fn address(&self) -> Vec<u8>;
+    /// Best effort; never blocks.
+    fn send(&self, to: &[u8], datagram: Vec<u8>);
+    /// The next datagram received; at most 1200 bytes.
+    async fn recv(&self) -> Vec<u8>;
+}
+
+/// Everything a node needs from outside.
+pub struct JoinConfig {
+    pub device: Arc<dyn BlockDevice>,
+    pub layout: Layout,
+    pub timeouts: Timeouts,
+    /// Key of the hints' authentication, from the superblock: only who reads the LUN knows it.
+    pub hint_key: [u8; 32],
+    /// `None`: hints off.
+    pub net: Option<Arc<dyn HintNet>>,
+    /// Shown by `clusterfs status`, at most 64 bytes of UTF-8.
+    pub host_name: String,
+    pub recoverer: Arc<dyn Recoverer>,
+    /// Seed of the nonces that tell this mount's attempts apart (I9). From the OS in production, from the seed in the simulator.
+    pub seed: u64,
+}

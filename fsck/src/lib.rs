@@ -1,0 +1,1 @@
+//! fsck.clusterfs as a library.

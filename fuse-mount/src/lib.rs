@@ -1,0 +1,1 @@
+//! clusterfs on FUSE: see main.rs.

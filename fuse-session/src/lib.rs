@@ -1,0 +1,1 @@
+//! The FUSE session layer: kernel ABI, mount, requests, replies and notifications.

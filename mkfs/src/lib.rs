@@ -1,0 +1,1 @@
+//! mkfs.clusterfs as a library.
