@@ -1,0 +1,77 @@
+//! What can go wrong in a volume, and where.
+
+use blockdev::DevError;
+use cluster::{ClusterError, LockId};
+use journal::JournalError;
+use journal::block::BlockError;
+
+use crate::format::FormatError;
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum FsError {
+    #[error("no such file or directory")]
+    NotFound,
+    #[error("file exists")]
+    Exists,
+    #[error("not a directory")]
+    NotDir,
+    #[error("is a directory")]
+    IsDir,
+    #[error("directory not empty")]
+    NotEmpty,
+    #[error("no space left on the volume")]
+    NoSpace,
+    #[error("file name too long")]
+    NameTooLong,
+    #[error("invalid argument")]
+    Invalid,
+    #[error("file too large")]
+    TooBig,
+    #[error("too many links")]
+    TooManyLinks,
+    #[error("no such attribute")]
+    NoAttr,
+    #[error("result too large for the buffer")]
+    Range,
+    #[error("operation not permitted")]
+    NotPermitted,
+    #[error("permission denied")]
+    Access,
+    #[error("read-only volume")]
+    ReadOnly,
+    #[error("operation not supported")]
+    NotSupported,
+    #[error("no data or hole beyond this offset")]
+    NoSuchOffset,
+    /// The inode is gone.
+    #[error("stale inode")]
+    Stale,
+    #[error(transparent)]
+    Device(#[from] DevError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error("block {block} of {owner}: {why}: run fsck.clusterfs")]
+    Block { block: u64, owner: LockId, why: BlockError },
+    #[error("{owner}: {why}: run fsck.clusterfs")]
+    Damaged { owner: LockId, why: String },
+    /// Not an error of the caller's: the operation must start over with this domain admitted too.
+    #[error("needs domain {0} too")]
+    NeedDomain(u32),
+    /// Not an error of the caller's: the operation must start over once more free blocks are at hand.
+    #[error("needs {0} more free blocks")]
+    NeedSpace(u64),
+}
+
+pub type Result<T> = std::result::Result<T, FsError>;
+
+impl FsError {
+    pub fn damaged(owner: LockId, why: impl ToString) -> Self {
+        Self::Damaged { owner, why: why.to_string() }
+    }
+
+    pub fn format(owner: LockId, e: FormatError) -> Self {
+        Self::damaged(owner, e)
+    }
+}

@@ -1,0 +1,57 @@
+//! The domain header block: the root of a domain's tree and the domain's counters. It keeps its place for the domain's
+//! life; the domain's lock block has its block number (`LockValue::root`).
+//!
+//! Content, from byte 64 of the block:
+//!
+//! | offset | bytes | field |
+//! |-------:|------:|-------|
+//! | 0  | 8 | block number of the tree's root node (0: empty tree) |
+//! | 8  | 8 | inodes that live in the domain |
+//! | 16 | 8 | next local inode number |
+//! | 24 | 8 | tree nodes |
+//! | 32 | 8 | next block of the reserved run for tree nodes |
+//! | 40 | 4 | blocks left in it (they are marked in use in the group's bitmap) |
+//! | 44 | 4 | levels of the tree (0: empty) |
+//! | 48 | 8 | orphans: inodes without a name, still open somewhere |
+
+use super::bytes::{FormatError, Reader, Writer};
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DomainHeader {
+    pub root: u64,
+    pub inodes: u64,
+    pub next_local: u64,
+    pub nodes: u64,
+    pub reserve_next: u64,
+    pub reserve_len: u32,
+    pub levels: u32,
+    pub orphans: u64,
+}
+
+impl DomainHeader {
+    pub fn encode(&self, block: &mut [u8]) {
+        Writer::new(&mut block[64..])
+            .u64(self.root)
+            .u64(self.inodes)
+            .u64(self.next_local)
+            .u64(self.nodes)
+            .u64(self.reserve_next)
+            .u32(self.reserve_len)
+            .u32(self.levels)
+            .u64(self.orphans);
+    }
+
+    pub fn decode(block: &[u8]) -> Result<Self, FormatError> {
+        let mut r = Reader::new("domain header", block.get(64..).unwrap_or(&[]));
+        Ok(Self {
+            root: r.u64()?,
+            inodes: r.u64()?,
+            next_local: r.u64()?,
+            nodes: r.u64()?,
+            reserve_next: r.u64()?,
+            reserve_len: r.u32()?,
+            levels: r.u32()?,
+            orphans: r.u64()?,
+        })
+    }
+}

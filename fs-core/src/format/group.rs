@@ -1,0 +1,56 @@
+//! Allocation groups: a header block and bitmap blocks per group, in the group table.
+//!
+//! Content of a group header, from byte 64 of the block:
+//!
+//! | offset | bytes | field |
+//! |-------:|------:|-------|
+//! | 0  | 8  | free blocks |
+//! | 8  | 4  | free domain numbers |
+//! | 12 | 4  | zero |
+//! | 16 | 8  | bit i: bitmap block i has been written; an unwritten one means all free |
+//! | 24 | 8  | zero |
+//! | 32 | 4000 | domain bitmap: bit i = domain number (first of the group + i) is in use |
+//!
+//! A bitmap block has bit i of its content (from byte 64) set for a block in use; block (index x BITS_PER_BITMAP + i) of the group.
+
+use super::bytes::{FormatError, Reader, Writer};
+
+/// Bits in the 4032 content bytes of a bitmap block.
+pub const BITS_PER_BITMAP: u64 = 4032 * 8;
+/// Most domain numbers a group can hand out.
+pub const MAX_DOMAINS_PER_GROUP: u32 = 4000 * 8;
+/// Where the domain bitmap starts in the block.
+pub const DOMAIN_BITMAP: std::ops::Range<usize> = 96..4096;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupHeader {
+    pub free_blocks: u64,
+    pub free_domains: u32,
+    pub written_bitmaps: u64,
+}
+
+impl GroupHeader {
+    pub fn encode(&self, block: &mut [u8]) {
+        Writer::new(&mut block[64..]).u64(self.free_blocks).u32(self.free_domains).u32(0).u64(self.written_bitmaps);
+    }
+
+    pub fn decode(block: &[u8]) -> Result<Self, FormatError> {
+        let mut r = Reader::new("group header", block.get(64..).unwrap_or(&[]));
+        let free_blocks = r.u64()?;
+        let free_domains = r.u32()?;
+        r.u32()?;
+        Ok(Self { free_blocks, free_domains, written_bitmaps: r.u64()? })
+    }
+}
+
+/// Tests bit `i` of a bitmap; beyond the end counts as set.
+pub fn bit(map: &[u8], i: usize) -> bool {
+    map.get(i / 8).is_none_or(|b| b & (1 << (i % 8)) != 0)
+}
+
+/// Sets or clears bit `i`.
+pub fn set_bit(map: &mut [u8], i: usize, on: bool) {
+    if let Some(b) = map.get_mut(i / 8) {
+        if on { *b |= 1 << (i % 8) } else { *b &= !(1 << (i % 8)) }
+    }
+}

@@ -1,0 +1,194 @@
+//! The superblock: block 0, and a copy in the last block of the volume.
+//!
+//! | offset | bytes | field |
+//! |-------:|------:|-------|
+//! | 0   | 8  | magic `CLUSTRFS` |
+//! | 8   | 4  | format version, 1 |
+//! | 12  | 4  | zero |
+//! | 16  | 8  | compatible features: an older program may ignore unknown bits |
+//! | 24  | 8  | incompatible features: an older program must refuse unknown bits |
+//! | 32  | 8  | read-only-compatible features: an older program may only read |
+//! | 40  | 16 | UUID |
+//! | 56  | 64 | label, UTF-8, zero padded |
+//! | 120 | 8  | blocks in the volume |
+//! | 128 | 4  | logical sector size (512 or 4096), distance of the cluster's records |
+//! | 132 | 2  | nodes |
+//! | 134 | 2  | bitmap blocks per group |
+//! | 136 | 8  | blocks per journal |
+//! | 144 | 4  | groups |
+//! | 148 | 4  | domains |
+//! | 152 | 4  | blocks per group |
+//! | 156 | 20 | timeouts in ms: heartbeat, lease, queue, minimum hold, doorbell (u32 each) |
+//! | 176 | 32 | key of the hints |
+//! | 208 | 8  | time of creation, seconds since 1970 |
+//! | 216 | 32 | blake3 of bytes 0..216 |
+
+use cluster::{MAX_NODES, Timeouts};
+
+use super::bytes::{FormatError, Reader, Writer};
+use super::layout::VolumeLayout;
+
+pub const MAGIC: [u8; 8] = *b"CLUSTRFS";
+pub const VERSION: u32 = 1;
+/// Incompatible features this program knows. None so far.
+pub const INCOMPAT_KNOWN: u64 = 0;
+/// Read-only-compatible features this program knows.
+pub const RO_COMPAT_KNOWN: u64 = 0;
+const SUMMED: usize = 216;
+const WHAT: &str = "superblock";
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    pub compat: u64,
+    pub incompat: u64,
+    pub ro_compat: u64,
+    pub uuid: [u8; 16],
+    /// At most 64 bytes.
+    pub label: String,
+    pub blocks: u64,
+    pub sector_size: u32,
+    pub nodes: u16,
+    pub bitmap_blocks: u16,
+    pub journal_blocks: u64,
+    pub groups: u32,
+    pub domains: u32,
+    pub group_blocks: u32,
+    pub timeouts: Timeouts,
+    pub hint_key: [u8; 32],
+    pub created: u64,
+}
+
+/// Why a superblock cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SuperblockError {
+    #[error("no clusterfs volume: make one with mkfs.clusterfs")]
+    Absent,
+    #[error(
+        "made by a newer clusterfs (format version {version}, features {features:#x}): upgrade this host's clusterfs"
+    )]
+    Newer { version: u32, features: u64 },
+    #[error("superblock damaged ({0}): run fsck.clusterfs")]
+    Damaged(String),
+}
+
+impl Superblock {
+    /// First 8 bytes of the UUID: carried by every record and block.
+    pub fn volume_id(&self) -> u64 {
+        let mut v = [0; 8];
+        v.copy_from_slice(&self.uuid[..8]);
+        u64::from_le_bytes(v)
+    }
+
+    pub fn layout(&self) -> VolumeLayout {
+        VolumeLayout::new(self)
+    }
+
+    /// Into a zeroed block.
+    pub fn encode(&self, block: &mut [u8]) {
+        let mut label = [0; 64];
+        let n = self.label.len().min(64);
+        label[..n].copy_from_slice(&self.label.as_bytes()[..n]);
+        let t = &self.timeouts;
+        Writer::new(block)
+            .bytes(&MAGIC)
+            .u32(VERSION)
+            .u32(0)
+            .u64(self.compat)
+            .u64(self.incompat)
+            .u64(self.ro_compat)
+            .bytes(&self.uuid)
+            .bytes(&label)
+            .u64(self.blocks)
+            .u32(self.sector_size)
+            .u16(self.nodes)
+            .u16(self.bitmap_blocks)
+            .u64(self.journal_blocks)
+            .u32(self.groups)
+            .u32(self.domains)
+            .u32(self.group_blocks)
+            .u32(t.heartbeat_ms)
+            .u32(t.lease_ms)
+            .u32(t.queue_ms)
+            .u32(t.min_hold_ms)
+            .u32(t.doorbell_ms)
+            .bytes(&self.hint_key)
+            .u64(self.created);
+        let sum = blake3::hash(&block[..SUMMED]);
+        block[SUMMED..SUMMED + 32].copy_from_slice(sum.as_bytes());
+    }
+
+    pub fn decode(block: &[u8]) -> Result<Self, SuperblockError> {
+        if block.len() < SUMMED + 32 || block[..8] != MAGIC {
+            return Err(SuperblockError::Absent);
+        }
+        if blake3::hash(&block[..SUMMED]).as_bytes()[..] != block[SUMMED..SUMMED + 32] {
+            return Err(SuperblockError::Damaged("checksum mismatch".into()));
+        }
+        let damaged = |e: FormatError| SuperblockError::Damaged(e.to_string());
+        let mut r = Reader::new(WHAT, &block[8..]);
+        let version = r.u32().map_err(damaged)?;
+        let sb = Self::fields(&mut r).map_err(damaged)?;
+        if version != VERSION || sb.incompat & !INCOMPAT_KNOWN != 0 {
+            return Err(SuperblockError::Newer { version, features: sb.incompat & !INCOMPAT_KNOWN });
+        }
+        sb.check().map_err(SuperblockError::Damaged)?;
+        Ok(sb)
+    }
+
+    fn fields(r: &mut Reader<'_>) -> Result<Self, FormatError> {
+        r.u32()?;
+        let (compat, incompat, ro_compat) = (r.u64()?, r.u64()?, r.u64()?);
+        let uuid = r.array()?;
+        let label = r.bytes(64)?;
+        let end = label.iter().position(|b| *b == 0).unwrap_or(64);
+        let label = String::from_utf8_lossy(&label[..end]).into_owned();
+        Ok(Self {
+            compat,
+            incompat,
+            ro_compat,
+            uuid,
+            label,
+            blocks: r.u64()?,
+            sector_size: r.u32()?,
+            nodes: r.u16()?,
+            bitmap_blocks: r.u16()?,
+            journal_blocks: r.u64()?,
+            groups: r.u32()?,
+            domains: r.u32()?,
+            group_blocks: r.u32()?,
+            timeouts: Timeouts {
+                heartbeat_ms: r.u32()?,
+                lease_ms: r.u32()?,
+                queue_ms: r.u32()?,
+                min_hold_ms: r.u32()?,
+                doorbell_ms: r.u32()?,
+            },
+            hint_key: r.array()?,
+            created: r.u64()?,
+        })
+    }
+
+    /// Numbers that make sense together, so that nothing later overflows or allocates without bound.
+    fn check(&self) -> Result<(), String> {
+        let ok = matches!(self.sector_size, 512 | 4096)
+            && (1..=MAX_NODES as u16).contains(&self.nodes)
+            && (1..=64).contains(&self.bitmap_blocks)
+            && (256..=1 << 20).contains(&self.journal_blocks)
+            && self.groups >= 1
+            && self.domains > u32::from(self.nodes) + 1
+            && self.domains <= 1 << 24
+            && self.group_blocks >= 64
+            && u64::from(self.group_blocks) <= u64::from(self.bitmap_blocks) * super::group::BITS_PER_BITMAP
+            && self.blocks < 1 << 52
+            && self.timeouts.heartbeat_ms >= 10
+            && self.timeouts.lease_ms >= 2 * self.timeouts.heartbeat_ms;
+        if !ok {
+            return Err("its numbers contradict each other".into());
+        }
+        let l = self.layout();
+        if l.end_block() > self.blocks {
+            return Err(format!("its areas need {} blocks, the volume has {}", l.end_block(), self.blocks));
+        }
+        Ok(())
+    }
+}
