@@ -3,5 +3,9 @@
 pub mod error;
 pub mod format;
 pub mod tree;
+pub mod types;
+pub mod volume;
 
 pub use error::{FsError, Result};
+pub use types::*;
+pub use volume::{Leased, ROOT_INO, Volume};
