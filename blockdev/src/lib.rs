@@ -8,6 +8,7 @@
 
 mod buf;
 pub mod image;
+mod range;
 pub mod sim;
 mod stats;
 

@@ -1,1 +1,0 @@
-//! The simulated shared device of the tests.
