@@ -1,13 +1,33 @@
 //! The B+tree of a domain: items of up to [`VALUE_MAX`](crate::format::item::VALUE_MAX) bytes under
 //! [`Key`](crate::format::item::Key)s, in slotted 4096-byte nodes, so that a small change is a small journal record.
 //!
-//! The tree does not know locks, journal or device: it works on a [`NodeRead`] or [`NodeWrite`].
+//! The tree does not know locks, journal or device: it works on a [`NodeRead`] or [`NodeWrite`]. Layout of a node: `node`.
+//!
+//! Shape (after Bayer and McCreight 1972 and Comer 1979, "The Ubiquitous B-Tree"): values only in leaves, no links between
+//! nodes of a level (a link would be one more block to change). Every node but those of the right edge is at least a
+//! quarter full, an inner node has at least two children. An insert at the tree's very end leaves the full node as it is and
+//! starts a new one, so that items in ascending order fill nodes to the brim.
+//!
+//! A node is never believed: levels go down by one from [`Root::levels`] (at most [`MAX_LEVELS`]), every node met is
+//! verified against the key bounds its parent gives, so damage gives the store's error, never a panic or a loop.
+
+mod node;
+mod read;
+#[cfg(test)]
+mod tests;
+mod write;
 
 use std::sync::Arc;
 
 use journal::Block;
 
 use crate::error::Result;
+
+pub use read::{for_each_node, get, last_at_or_before, scan, scan_with, warm};
+pub use write::{insert, remove, remove_range};
+
+/// Deepest tree: even with nodes a quarter full, far more items than a device has bytes.
+pub const MAX_LEVELS: u32 = 12;
 
 /// Where a tree's root is; kept in the domain header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,6 +51,8 @@ pub trait NodeRead {
 }
 
 /// Changes nodes in a private overlay (a transaction): nothing is seen by others until the operation is installed.
+/// [`NodeRead::node`] of the same store sees the overlay. An error in the middle of a change leaves the overlay
+/// half changed: the caller drops it.
 #[allow(async_fn_in_trait)]
 pub trait NodeWrite: NodeRead {
     /// The node, private to this operation, to change in place.
@@ -38,4 +60,14 @@ pub trait NodeWrite: NodeRead {
     /// A new zeroed node with its block header encoded.
     async fn alloc_node(&mut self) -> Result<u64>;
     fn free_node(&mut self, block: u64);
+}
+
+/// Everything that can be verified in a node alone: level, counts, slots in bounds, keys in order, bodies apart.
+pub fn check_node(block: &Block, level: u32) -> std::result::Result<(), String> {
+    let n = node::Node::open(block, level)?;
+    n.check()?;
+    if n.count() == 0 {
+        return Err("node without items".into());
+    }
+    Ok(())
 }

@@ -1,0 +1,316 @@
+//! The tree against a map, in memory.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use cluster::LockId;
+use journal::block::{BlockHeader, BlockKind};
+use journal::{BLOCK_SIZE, Block};
+use proptest::prelude::*;
+
+use super::node::{Node, UNDERFULL};
+use super::*;
+use crate::error::FsError;
+use crate::format::item::{Key, Kind, VALUE_MAX};
+
+/// Nodes in memory, as a transaction's overlay would have them.
+#[derive(Default, Clone)]
+struct Store {
+    nodes: BTreeMap<u64, Arc<Block>>,
+    next: u64,
+    prefetched: std::cell::RefCell<Vec<Vec<u64>>>,
+}
+
+impl NodeRead for Store {
+    fn damaged(&self, block: u64, why: &str) -> FsError {
+        FsError::damaged(LockId::Domain(1), format!("block {block}: {why}"))
+    }
+    async fn node(&self, block: u64) -> Result<Arc<Block>> {
+        self.nodes.get(&block).cloned().ok_or_else(|| self.damaged(block, "not there"))
+    }
+    async fn prefetch(&self, blocks: &[u64]) -> Result<()> {
+        self.prefetched.borrow_mut().push(blocks.to_vec());
+        Ok(())
+    }
+}
+
+impl NodeWrite for Store {
+    async fn node_mut(&mut self, block: u64) -> Result<&mut Block> {
+        match self.nodes.get_mut(&block) {
+            Some(n) => Ok(Arc::make_mut(n)),
+            None => Err(FsError::damaged(LockId::Domain(1), format!("block {block} is not there"))),
+        }
+    }
+    async fn alloc_node(&mut self) -> Result<u64> {
+        self.next += 1;
+        let mut b = Block::zeroed(BLOCK_SIZE);
+        let h = BlockHeader {
+            kind: BlockKind::TreeNode,
+            owner: LockId::Domain(1),
+            volume: 1,
+            block: self.next,
+            tenure: 0,
+            record: 0,
+        };
+        h.encode(&mut b);
+        self.nodes.insert(self.next, Arc::new(b));
+        Ok(self.next)
+    }
+    fn free_node(&mut self, block: u64) {
+        assert!(self.nodes.remove(&block).is_some(), "block {block} freed twice");
+    }
+}
+
+fn run<T>(f: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(f)
+}
+
+fn key(n: u64) -> Key {
+    Key::new(n / 7, Kind::Dirent, n % 7)
+}
+
+/// Bytes that differ between two states, counting a new node's content as changed.
+fn bytes_changed(old: &Store, new: &Store) -> usize {
+    let zero = Arc::new(Block::zeroed(BLOCK_SIZE));
+    let diff = |(n, b): (&u64, &Arc<Block>)| {
+        let o = old.nodes.get(n).unwrap_or(&zero);
+        if Arc::ptr_eq(o, b) {
+            return 0;
+        }
+        o.iter().zip(b.iter()).filter(|(x, y)| x != y).count()
+    };
+    new.nodes.iter().map(diff).sum()
+}
+
+/// Every invariant of the tree's shape, and that it holds exactly `map`.
+async fn verify(s: &Store, root: Root, map: &BTreeMap<Key, Vec<u8>>) {
+    let mut levels: BTreeMap<u16, Vec<u64>> = BTreeMap::new();
+    let mut seen = 0;
+    for_each_node(s, root, &mut |block, b| {
+        let level = u16::from_le_bytes([b[64], b[65]]);
+        check_node(b, level.into()).unwrap_or_else(|e| panic!("block {block}: {e}"));
+        levels.entry(level).or_default().push(block);
+        seen += 1;
+    })
+    .await
+    .unwrap();
+    assert_eq!(seen, root.nodes);
+    assert_eq!(seen, s.nodes.len() as u64, "a node leaked");
+    for (level, blocks) in &levels {
+        for block in &blocks[..blocks.len() - 1] {
+            let n = Node::open(&s.nodes[block], u32::from(*level)).unwrap();
+            assert!(n.used() >= UNDERFULL, "block {block} of level {level} is underfull: {}", n.used());
+        }
+        for block in blocks {
+            let n = Node::open(&s.nodes[block], u32::from(*level)).unwrap();
+            assert!(*level == 1 || n.count() >= 2, "inner node with {} children", n.count());
+        }
+    }
+    let all = scan(s, root, Key::MIN, Key::MAX, usize::MAX).await.unwrap();
+    let want: Vec<_> = map.iter().map(|(k, v)| (*k, v.clone())).collect();
+    assert_eq!(all, want);
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Insert(u64, usize),
+    Remove(u64),
+    RemoveRange(u64, u64, usize),
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let n = 0..600u64;
+    let len = prop_oneof![0..150usize, 0..=VALUE_MAX, Just(VALUE_MAX), Just(0usize)];
+    let op = prop_oneof![
+        8 => (n.clone(), len).prop_map(|(k, l)| Op::Insert(k, l)),
+        4 => n.clone().prop_map(Op::Remove),
+        1 => (n.clone(), 0..80u64, prop_oneof![Just(usize::MAX), 0..20usize]).prop_map(|(a, b, l)| Op::RemoveRange(a, a + b, l)),
+    ];
+    prop::collection::vec(op, 1..400)
+}
+
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(config(150))]
+    #[test]
+    fn behaves_as_a_map(ops in ops(), probes in prop::collection::vec(0..700u64, 20)) {
+        run(async {
+            let (mut s, mut root, mut map) = (Store::default(), Root::default(), BTreeMap::new());
+            for (i, op) in ops.iter().enumerate() {
+                match *op {
+                    Op::Insert(k, len) => {
+                        let v = vec![i as u8; len];
+                        insert(&mut s, &mut root, &key(k), &v).await.unwrap();
+                        map.insert(key(k), v);
+                    }
+                    Op::Remove(k) => {
+                        assert_eq!(remove(&mut s, &mut root, &key(k)).await.unwrap(), map.remove(&key(k)));
+                    }
+                    Op::RemoveRange(a, b, limit) => {
+                        let got = remove_range(&mut s, &mut root, &key(a), &key(b), limit).await.unwrap();
+                        let want: Vec<_> =
+                            map.range(key(a)..=key(b)).take(limit).map(|(k, v)| (*k, v.clone())).collect();
+                        assert_eq!(got, want);
+                        for (k, _) in &want {
+                            map.remove(k);
+                        }
+                    }
+                }
+                if i % 8 == 0 {
+                    verify(&s, root, &map).await;
+                }
+            }
+            verify(&s, root, &map).await;
+            for p in probes {
+                let k = key(p);
+                assert_eq!(get(&s, root, &k).await.unwrap(), map.get(&k).cloned());
+                let before = map.range((Bound::Unbounded, Bound::Included(k))).next_back();
+                let got = last_at_or_before(&s, root, &k).await.unwrap();
+                assert_eq!(got, before.map(|(k, v)| (*k, v.clone())));
+                let got = scan(&s, root, k, key(p + 40), 25).await.unwrap();
+                let want: Vec<_> = map.range(k..=key(p + 40)).take(25).map(|(k, v)| (*k, v.clone())).collect();
+                assert_eq!(got, want);
+                warm(&s, root, &k, &key(p + 40)).await.unwrap();
+            }
+            let rest = remove_range(&mut s, &mut root, &Key::MIN, &Key::MAX, usize::MAX).await.unwrap();
+            assert_eq!(rest.len(), map.len());
+            assert_eq!(root, Root::default());
+            assert!(s.nodes.is_empty());
+        });
+    }
+
+    #[test]
+    fn damage_is_an_error_not_a_panic(
+        seed in 0..200u64,
+        hits in prop::collection::vec((any::<prop::sample::Index>(), 64..4096usize, any::<u8>()), 1..12),
+        header in prop::collection::vec((any::<prop::sample::Index>(), 64..90usize, any::<u8>()), 0..4),
+        ops in ops(),
+    ) {
+        run(async {
+            let (mut s, mut root) = (Store::default(), Root::default());
+            for i in 0..400u64 {
+                let k = (i * 7919 + seed) % 600;
+                insert(&mut s, &mut root, &key(k), &vec![1; (k % 200) as usize]).await.unwrap();
+            }
+            let blocks: Vec<u64> = s.nodes.keys().copied().collect();
+            for (which, at, value) in hits.iter().chain(&header) {
+                let block = blocks[which.index(blocks.len())];
+                s.node_mut(block).await.unwrap()[*at] = *value;
+            }
+            for block in &blocks {
+                let _ = check_node(&s.nodes[block], 1);
+                let _ = check_node(&s.nodes[block], 2);
+            }
+            let _ = scan(&s, root, Key::MIN, Key::MAX, usize::MAX).await;
+            let _ = warm(&s, root, &Key::MIN, &Key::MAX).await;
+            let _ = for_each_node(&s, root, &mut |_, _| ()).await;
+            for op in ops.iter().take(60) {
+                // A store whose node went missing answers with an error too, so every outcome but a panic is fine; a
+                // failed change is dropped, as a transaction would be.
+                let (mut t, mut troot) = (s.clone(), root);
+                let ok = match *op {
+                    Op::Insert(k, len) => insert(&mut t, &mut troot, &key(k), &vec![2; len]).await.is_ok(),
+                    Op::Remove(k) => remove(&mut t, &mut troot, &key(k)).await.is_ok(),
+                    Op::RemoveRange(a, b, l) => remove_range(&mut t, &mut troot, &key(a), &key(b), l).await.is_ok(),
+                };
+                let _ = last_at_or_before(&s, root, &key(seed)).await;
+                if ok {
+                    (s, root) = (t, troot);
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn a_root_that_cannot_be_is_an_error() {
+    run(async {
+        let s = Store::default();
+        for root in [
+            Root { block: 0, levels: 1, nodes: 1 },
+            Root { block: 5, levels: 0, nodes: 1 },
+            Root { block: 5, levels: 13, nodes: 1 },
+        ] {
+            assert!(get(&s, root, &key(1)).await.is_err());
+        }
+    });
+}
+
+#[test]
+fn ascending_items_fill_leaves() {
+    run(async {
+        let (mut s, mut root) = (Store::default(), Root::default());
+        for i in 0..20_000 {
+            insert(&mut s, &mut root, &Key::new(i, Kind::Inode, 0), &[5; 112]).await.unwrap();
+        }
+        assert_eq!(root.levels, 3);
+        // 30 items of 133 bytes fit into 4024
+        assert_eq!(root.nodes, 20_000u64.div_ceil(30) + 5 + 1);
+        for_each_node(&s, root, &mut |_, b| {
+            check_node(b, u16::from_le_bytes([b[64], b[65]]).into()).unwrap();
+        })
+        .await
+        .unwrap();
+    });
+}
+
+#[test]
+fn small_changes_are_few_bytes() {
+    run(async {
+        let (mut s, mut root) = (Store::default(), Root::default());
+        let (mut total, mut large, mut splits) = (0, 0, 0);
+        let count = 1500u64;
+        for i in 0..count {
+            // Delivery: a directory entry at a hash, an inode at the end.
+            for (k, v) in [
+                (Key::new(1, Kind::Dirent, i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 1), vec![i as u8 | 1; 60]),
+                (Key::new(i + 2, Kind::Inode, 0), vec![i as u8 | 1; 112]),
+            ] {
+                let (before, nodes) = (s.clone(), root.nodes);
+                insert(&mut s, &mut root, &k, &v).await.unwrap();
+                let n = bytes_changed(&before, &s);
+                total += n;
+                if root.nodes != nodes {
+                    splits += 1;
+                } else if n >= 450 {
+                    large += 1;
+                }
+            }
+        }
+        let mean = total / (2 * count as usize);
+        assert!(mean < 350, "mean {mean} bytes per insert");
+        assert!(splits < 2 * count / 15, "{splits} splits");
+        // Without a split: the item, the slots behind it, the header. The rest is compaction of a node that lost items to a
+        // split, once per split.
+        assert!(large <= splits, "{large} large changes, {splits} splits");
+
+        // Replacing by the same size touches only the value.
+        let k = Key::new(900, Kind::Inode, 0);
+        let before = s.clone();
+        insert(&mut s, &mut root, &k, &[0xee; 112]).await.unwrap();
+        assert!(bytes_changed(&before, &s) <= 112);
+        // A rename in a mailbox: one entry goes, another comes.
+        let gone = scan(&s, root, Key::new(1, Kind::Dirent, 1 << 60), Key::MAX, 1).await.unwrap().remove(0);
+        let before = s.clone();
+        remove(&mut s, &mut root, &gone.0).await.unwrap();
+        assert!(bytes_changed(&before, &s) < 150, "{}", bytes_changed(&before, &s));
+    });
+}
+
+#[test]
+fn warming_reads_each_level_once() {
+    run(async {
+        let (mut s, mut root) = (Store::default(), Root::default());
+        for i in 0..20_000 {
+            insert(&mut s, &mut root, &Key::new(i, Kind::Inode, 0), &[5; 112]).await.unwrap();
+        }
+        warm(&s, root, &Key::new(3000, Kind::Inode, 0), &Key::new(12_000, Kind::Inode, 0)).await.unwrap();
+        let calls = s.prefetched.borrow();
+        assert_eq!(calls.len(), 2, "inner nodes, then leaves");
+        assert!((300..=303).contains(&calls[1].len()), "{}", calls[1].len());
+    });
+}
