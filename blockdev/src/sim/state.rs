@@ -421,7 +421,7 @@ impl State {
             Req::Register(key) => {
                 let exclusive = self.cfg.fencing == FencingKind::ProcessLock;
                 if exclusive && self.slot_owner(key.slot).is_some_and(|owner| owner != node) {
-                    return Err(req.io_error(std::io::ErrorKind::AddrInUse.into()));
+                    return Err(req.io_error(std::io::ErrorKind::ResourceBusy.into()));
                 }
                 let n = &mut self.nodes[node];
                 n.registration = Some(*key);

@@ -1,1 +1,0 @@
-//! An image file as the shared device.
