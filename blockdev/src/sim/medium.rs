@@ -98,6 +98,10 @@ struct Volatile {
     versions: Vec<Version>,
 }
 
+/// A sector written over and over without a flush (a heartbeat) must not grow without bound; the oldest versions are
+/// forgotten, the durable one is not.
+const MAX_VERSIONS: usize = 32;
+
 /// What becomes of one unflushed write when the device loses power.
 enum Verdict {
     Kept,
@@ -138,6 +142,9 @@ impl Medium {
                 image.read(offset, &mut old);
                 Volatile { durable: old, versions: Vec::new() }
             });
+            if entry.versions.len() == MAX_VERSIONS {
+                entry.versions.remove(0);
+            }
             entry.versions.push(Version { seq, bytes: bytes.into() });
         }
         self.image.write(offset, bytes);

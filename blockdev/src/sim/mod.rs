@@ -9,9 +9,12 @@
 //! The order of events depends only on the seed and on the sequence of calls; [`SimDisk::trace_hash`] tells two runs
 //! apart. Run it on a current-thread runtime with `start_paused`.
 
+mod accident;
+mod execute;
 mod fault;
 mod medium;
 mod node;
+mod request;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::Notify;
 
-use super::state::{Reply, Req, Step};
+use super::request::{Reply, Req};
+use super::state::Step;
 use super::{NodeMode, OpKind, SimDisk};
 use crate::{
     AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, Geometry, IoClass, Presence, Result, range,
@@ -21,7 +22,8 @@ pub struct SimNode {
 
 impl Drop for SimNode {
     fn drop(&mut self) {
-        self.disk.state.lock().close(self.id);
+        // Its process has ended: as after a crash, nothing of it may arrive once it counts as gone.
+        self.disk.state.lock().crash(self.id);
     }
 }
 

@@ -225,6 +225,40 @@ async fn a_dropped_write_arrives_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nothing_of_a_closed_node_arrives_once_it_counts_as_gone() {
+    let mut arrivals = 0;
+    for seed in 0..50 {
+        let disk = SimDisk::new(SimConfig { latency_us: 50_000..=60_000, ..SimConfig::new(MIB, seed) });
+        let (a, b) = (disk.open("a"), disk.open("b"));
+        a.register(key(1, 1)).await.unwrap();
+        assert!(timeout(Duration::from_millis(1), a.write(META, 0, buf(1, 512), false)).await.is_err());
+        drop(a);
+        assert_eq!(b.presence(key(1, 1)).await.unwrap(), Presence::Gone);
+        let then = disk.read_raw(0, 1);
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(disk.read_raw(0, 1), then);
+        arrivals += then[0];
+    }
+    assert!((5..45).contains(&arrivals), "{arrivals}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sector_rewritten_without_a_flush_keeps_its_durable_content() {
+    let mut first = 0;
+    for seed in 0..50 {
+        let disk = SimDisk::new(SimConfig { latency_us: 1..=10, ..SimConfig::new(MIB, seed) });
+        let a = disk.open("a");
+        a.write(META, 0, buf(1, 512), true).await.unwrap();
+        for i in 2..102 {
+            a.write(META, 0, buf(i, 512), false).await.unwrap();
+        }
+        disk.power_loss();
+        first += usize::from(disk.read_raw(0, 1)[0] == 1);
+    }
+    assert!(first > 5, "{first}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn compare_and_write_is_atomic_among_nodes() {
     for seed in 0..10 {
         let disk = SimDisk::new(SimConfig::new(MIB, seed));
