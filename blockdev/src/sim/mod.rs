@@ -13,6 +13,8 @@ mod accident;
 mod execute;
 mod fault;
 mod medium;
+#[cfg(test)]
+mod model_tests;
 mod node;
 mod request;
 mod state;
