@@ -1,11 +1,14 @@
 //! Outstanding requests, and whom to call when the process that waits for one gets a signal.
 //!
-//! | state of a unique | INTERRUPT arrives            | [`Reply::on_interrupt`](crate::Reply::on_interrupt)  | answered |
-//! |-------------------|------------------------------|------------------------------------------------------|----------|
-//! | absent            | the kernel is told to retry  | (there is no reply)                                  |          |
-//! | waiting           | interrupted                  | armed                                                | absent   |
-//! | armed             | interrupted, callback called | armed with the new callback                          | absent   |
-//! | interrupted       | nothing new                  | called at once                                       | absent   |
+//! | state of a unique | INTERRUPT arrives            | `on_interrupt`              | answered |
+//! |-------------------|------------------------------|-----------------------------|----------|
+//! | absent            | the kernel is told to retry  | nothing                     |          |
+//! | waiting           | interrupted                  | armed                       | absent   |
+//! | armed             | interrupted, callback called | armed with the new callback | absent   |
+//! | interrupted       | nothing new                  | called at once              | absent   |
+//!
+//! The end of the session interrupts all that is outstanding: the waiting processes have had their error already, and
+//! whoever works for them should stop.
 //!
 //! "Absent" covers two cases that look alike: a request that another reader thread has just received and not yet
 //! registered, and one that is already answered. A retry (EAGAIN) is right for both: the kernel repeats the INTERRUPT
@@ -59,6 +62,19 @@ impl InterruptTable {
         true
     }
 
+    /// Nobody waits for any answer any more.
+    pub(crate) fn interrupt_all(&self) {
+        for shard in &self.shards {
+            let mut armed = Vec::new();
+            for slot in shard.lock().values_mut() {
+                if let Slot::Armed(callback) = std::mem::replace(slot, Slot::Interrupted) {
+                    armed.push(callback);
+                }
+            }
+            armed.into_iter().for_each(|callback| callback());
+        }
+    }
+
     pub(crate) fn arm(&self, unique: u64, callback: Callback) {
         let mut shard = self.shard(unique).lock();
         let outdated = match shard.get_mut(&unique) {
@@ -67,7 +83,7 @@ impl InterruptTable {
                 return callback();
             }
             Some(slot) => std::mem::replace(slot, Slot::Armed(callback)),
-            // Only a reply that was never registered, as a test may build one: nothing can interrupt it.
+            // Answered meanwhile, or never registered as a test may build one: nothing can interrupt it.
             None => return,
         };
         drop(shard);
@@ -109,6 +125,22 @@ mod tests {
         let (late, callback) = counter();
         table.arm(2, callback);
         assert_eq!(late.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn the_end_of_the_session_interrupts_everything() {
+        let table = InterruptTable::default();
+        let counts: Vec<_> = (1..100u64)
+            .map(|n| {
+                let (count, callback) = counter();
+                table.register(n * 2);
+                table.arm(n * 2, callback);
+                count
+            })
+            .collect();
+        table.interrupt_all();
+        assert!(counts.iter().all(|c| c.load(Ordering::SeqCst) == 1));
+        assert!(table.is_interrupted(2));
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub use init::{InitConfig, InitFlags, InitRequest, Negotiated};
 pub use interrupt::InterruptTable;
 pub use mount::{MountError, MountSpec, UnmountMode};
 pub use notify::Notifier;
-pub use reply::Reply;
+pub use reply::{InterruptHandle, Reply};
 pub use request::{Forget, Op, Request, SetTime, Setattr};
 pub use session::{Handler, RunError, Session};
 pub use types::{Attr, EntryOut, FileLock, LockKind, Statfs, Statx, Time};

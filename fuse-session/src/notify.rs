@@ -9,7 +9,7 @@
 //! | `delete`             | 6    | 7.18                 | yes                                                  |
 //! | `inval_entry` expire | 3    | HAS_EXPIRE_ONLY 7.38 | yes                                                  |
 //! | `inc_epoch`          | 8    | 7.44                 | yes                                                  |
-//! | `prune`              | 9    | 7.45                 | see [`Notifier::prune`]                              |
+//! | `prune`              | 9    | 7.45                 | yes                                                  |
 //!
 //! Hazard: `inval_entry` (also expire-only) and `delete` take the directory's lock in the kernel, which a lookup,
 //! create, unlink or rename of that directory holds while it waits for our answer; `inval_inode` waits for pages that
@@ -62,7 +62,7 @@ impl Notifier {
         self.negotiated.get().is_some_and(|n| n.minor >= abi::MINOR_INC_EPOCH)
     }
 
-    /// Whether the protocol version promises [`Notifier::prune`]; the first call decides.
+    /// Whether the kernel has [`Notifier::prune`].
     pub fn has_prune(&self) -> bool {
         self.negotiated.get().is_some_and(|n| n.minor >= abi::MINOR_PRUNE)
     }

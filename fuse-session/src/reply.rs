@@ -43,13 +43,17 @@ impl Reply {
         self.channel.as_ref().is_some_and(|c| c.interrupts().is_interrupted(self.unique))
     }
 
-    /// Calls `callback` when the waiting process receives a signal, at once if it already has; never after this reply
-    /// has been answered, except for a call that is already under way. The callback runs on a reader thread and must
-    /// not wait. A second callback replaces the first.
+    /// [`InterruptHandle::on_interrupt`] for a callback that does not need the reply itself, such as one that wakes the
+    /// task which owns it.
     pub fn on_interrupt(&self, callback: impl FnOnce() + Send + 'static) {
-        if let Some(channel) = &self.channel {
-            channel.interrupts().arm(self.unique, Box::new(callback));
+        if let Some(handle) = self.interrupt_handle() {
+            handle.on_interrupt(callback);
         }
+    }
+
+    /// The way to hear of interrupts while the reply is parked elsewhere. None only for an answered reply.
+    pub fn interrupt_handle(&self) -> Option<InterruptHandle> {
+        Some(InterruptHandle { unique: self.unique, channel: self.channel.clone()? })
     }
 
     fn send(&mut self, error: i32, body: &[IoSlice<'_>]) -> bool {
@@ -192,6 +196,30 @@ impl Reply {
     /// poll: `POLLIN` and its kin.
     pub fn poll(self, revents: u32) -> bool {
         self.body(&Put::<8>::new().u32(revents).done())
+    }
+}
+
+/// Hears of the interruption of one request, independent of where its [`Reply`] is.
+#[derive(Clone)]
+pub struct InterruptHandle {
+    unique: u64,
+    channel: Arc<dyn Channel>,
+}
+
+impl InterruptHandle {
+    /// Calls `callback` when the waiting process receives a signal, at once if it already has; never after the request
+    /// has been answered, except for a call that is already under way. The callback runs on a reader thread, or on
+    /// this one, and must not wait. A second callback replaces the first.
+    ///
+    /// To park a request: put the reply into a slot, then arm a callback that takes it from there and answers EINTR.
+    /// Whoever takes the reply first answers it.
+    pub fn on_interrupt(&self, callback: impl FnOnce() + Send + 'static) {
+        self.channel.interrupts().arm(self.unique, Box::new(callback));
+    }
+
+    /// Whether the waiting process has received a signal; false once the request is answered.
+    pub fn interrupted(&self) -> bool {
+        self.channel.interrupts().is_interrupted(self.unique)
     }
 }
 

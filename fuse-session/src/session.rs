@@ -42,7 +42,7 @@ pub trait Handler: Send + Sync {
     /// The kernel gives up references to nodes. There is no answer.
     fn forget(&self, forgets: Vec<Forget>);
 
-    /// The mount is gone and no request comes any more.
+    /// The mount is gone and no request comes any more. What is still unanswered has been interrupted.
     fn destroy(&self) {}
 }
 
@@ -117,6 +117,7 @@ impl Session {
                 warn!("unmounting after a failure: {e}");
             }
         }
+        self.device.interrupts().interrupt_all();
         handler.destroy();
         result
     }
@@ -317,3 +318,7 @@ fn page_size() -> u32 {
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     u32::try_from(size).ok().filter(|s| s.is_power_of_two()).unwrap_or(4096)
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
