@@ -36,6 +36,14 @@ impl Device {
         &self.file
     }
 
+    /// Whether the kernel still has a filesystem behind this device.
+    pub(crate) fn is_connected(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.file.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one pollfd, which lives through the call.
+        let rc = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        rc >= 0 && poll.revents & libc::POLLERR == 0
+    }
+
     /// A second descriptor with its own queue on the same connection.
     pub(crate) fn try_clone(&self) -> io::Result<Device> {
         let file = File::options().read(true).write(true).open("/dev/fuse")?;

@@ -73,13 +73,28 @@ pub enum UnmountMode {
     Force,
 }
 
+/// Where our mount stands among those on its directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// It is what the directory shows.
+    Shown,
+    /// Something else was mounted over it.
+    Covered,
+    Gone,
+    /// /proc did not tell when we mounted.
+    Unknown,
+}
+
 /// A mount that we made.
 #[derive(Debug)]
 pub(crate) struct Mount {
     dir: PathBuf,
     /// The superblock's device number, by which we know our mount from another on the same directory.
-    dev: Option<(u32, u32)>,
+    dev: Option<Dev>,
 }
+
+/// Major and minor number.
+type Dev = (u32, u32);
 
 impl Mount {
     /// Mounts, and returns the device that serves the mount.
@@ -93,7 +108,7 @@ impl Mount {
         let data = option_string(spec, device.as_raw_fd())?;
         let fstype = format!("fuse.{}", spec.subtype);
         mount(&spec.source, &dir, &fstype, spec.flags, &data)?;
-        let dev = find_ours(&dir);
+        let dev = mounts_on(&dir).pop();
         debug!(dir = %dir.display(), ?dev, "mounted");
         Ok((Mount { dir, dev }, device))
     }
@@ -103,15 +118,25 @@ impl Mount {
         self.dev.map(|(_, minor)| minor)
     }
 
-    /// Whether our mount is still what the directory shows. Assumed if /proc does not tell.
+    fn place(&self) -> Place {
+        match self.dev {
+            None => Place::Unknown,
+            Some(ours) => place(&mounts_on(&self.dir), ours),
+        }
+    }
+
+    /// Whether our mount is still in place. Assumed if /proc does not tell.
     pub(crate) fn is_mounted(&self) -> bool {
-        self.dev.is_none() || find_ours(&self.dir) == self.dev
+        self.place() != Place::Gone
     }
 
     /// Ok also if it is unmounted already.
     pub(crate) fn unmount(&self, mode: UnmountMode) -> io::Result<()> {
-        if !self.is_mounted() {
-            return Ok(());
+        match self.place() {
+            Place::Gone => return Ok(()),
+            // umount2 would take the wrong one.
+            Place::Covered => return Err(io::Error::from_raw_os_error(libc::EBUSY)),
+            Place::Shown | Place::Unknown => {}
         }
         let flags = match mode {
             UnmountMode::Plain => 0,
@@ -125,8 +150,20 @@ impl Mount {
         }
         match io::Error::last_os_error() {
             // Somebody else unmounted it in between.
-            e if e.raw_os_error() == Some(libc::EINVAL) && !self.is_mounted() => Ok(()),
+            e if e.raw_os_error() == Some(libc::EINVAL) && self.place() == Place::Gone => Ok(()),
             e => Err(e),
+        }
+    }
+
+    /// Ends the connection wherever the mount is; needs fusectl to be mounted, as it commonly is. umount2 with
+    /// MNT_FORCE does the same, but only to what the directory shows. Only for a connection that is still alive: its
+    /// number is free for others afterwards.
+    pub(crate) fn abort(&self) {
+        if let Some(connection) = self.connection() {
+            let path = format!("/sys/fs/fuse/connections/{connection}/abort");
+            if let Err(e) = fs::write(&path, b"1") {
+                debug!("{path}: {e}");
+            }
         }
     }
 }
@@ -192,25 +229,31 @@ fn mount(source: &str, dir: &Path, fstype: &str, flags: u64, data: &str) -> Resu
     })
 }
 
-/// The device number of the FUSE filesystem mounted last on `dir`.
-fn find_ours(dir: &Path) -> Option<(u32, u32)> {
-    parse_mountinfo(&fs::read("/proc/self/mountinfo").ok()?, dir.as_os_str().as_bytes())
+/// The device numbers of what is mounted on `dir`, the one that its path leads to last.
+fn mounts_on(dir: &Path) -> Vec<Dev> {
+    // Of this thread: it may be in another mount namespace than the process's first.
+    fs::read("/proc/thread-self/mountinfo")
+        .map(|text| parse_mountinfo(&text, dir.as_os_str().as_bytes()))
+        .unwrap_or_default()
 }
 
-/// A line is: id, parent id, major:minor, root, mount point, options, tags..., `-`, type, source, superblock options.
-/// The last line of a mount point is what its path leads to.
-fn parse_mountinfo(text: &[u8], dir: &[u8]) -> Option<(u32, u32)> {
-    let line = text
-        .split(|&b| b == b'\n')
-        .rfind(|line| line.split(|&b| b == b' ').nth(4).is_some_and(|point| unescape(point) == dir))?;
-    let mut fields = line.split(|&b| b == b' ');
-    let dev = std::str::from_utf8(fields.nth(2)?).ok()?;
-    let fstype = fields.skip_while(|f| *f != b"-").nth(1)?;
-    if !fstype.starts_with(b"fuse") {
-        return None;
+fn place(on_dir: &[Dev], ours: Dev) -> Place {
+    match on_dir.iter().rev().position(|dev| *dev == ours) {
+        Some(0) => Place::Shown,
+        Some(_) => Place::Covered,
+        None => Place::Gone,
     }
-    let (major, minor) = dev.split_once(':')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// A line starts with: id, parent id, major:minor, root, mount point.
+fn parse_mountinfo(text: &[u8], dir: &[u8]) -> Vec<Dev> {
+    let dev_if_on_dir = |line: &[u8]| {
+        let mut fields = line.split(|&b| b == b' ').skip(2);
+        let (major, minor) = std::str::from_utf8(fields.next()?).ok()?.split_once(':')?;
+        let dev = (major.parse().ok()?, minor.parse().ok()?);
+        (unescape(fields.nth(1)?) == dir).then_some(dev)
+    };
+    text.split(|&b| b == b'\n').filter_map(dev_if_on_dir).collect()
 }
 
 /// Undoes the kernel's `\ooo` for space, tab, newline and backslash.
@@ -237,16 +280,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_mount_on_a_directory_counts_if_it_is_ours() {
+    fn our_mount_is_found_among_others_on_its_directory() {
         let text = b"22 1 0:20 / /sys rw shared:7 - sysfs sysfs rw\n\
             30 1 0:50 / /mnt/a\\040b rw,nosuid - fuse.clusterfs /dev/sda rw,user_id=0\n\
             31 1 0:51 / /mnt/a\\040b rw,nosuid shared:3 master:1 - fuse.clusterfs /dev/sdb rw\n\
-            32 1 0:52 / /mnt/c rw - fuse.clusterfs x rw\n\
-            33 1 8:1 / /mnt/c rw - ext4 /dev/sda1 rw\n";
-        assert_eq!(parse_mountinfo(text, b"/mnt/a b"), Some((0, 51)));
-        assert_eq!(parse_mountinfo(text, b"/mnt/c"), None, "covered by another filesystem");
-        assert_eq!(parse_mountinfo(text, b"/mnt/d"), None);
-        assert_eq!(parse_mountinfo(b"1 2 3", b""), None);
+            32 1 0:52 / /mnt/c rw - fuse.clusterfs x rw\n";
+        let on = parse_mountinfo(text, b"/mnt/a b");
+        assert_eq!(on, [(0, 50), (0, 51)]);
+        assert_eq!(place(&on, (0, 51)), Place::Shown);
+        assert_eq!(place(&on, (0, 50)), Place::Covered);
+        assert_eq!(place(&on, (0, 52)), Place::Gone);
+        assert_eq!(parse_mountinfo(text, b"/mnt/d"), []);
+        assert_eq!(parse_mountinfo(b"1 2 3\n1 2 3:4 /", b""), []);
     }
 
     #[test]

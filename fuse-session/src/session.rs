@@ -100,7 +100,7 @@ impl Session {
     /// Unmounts; Ok if that has already happened. Ends [`Session::run`] on another thread once nothing is open.
     /// Must not be called on a reader thread: the kernel may wait for an answer meanwhile.
     pub fn unmount(&self, mode: UnmountMode) -> io::Result<()> {
-        self.mount.unmount(mode)
+        unmount(&self.mount, &self.device, mode)
     }
 
     /// Serves the mount with `threads` reader threads, this one included, until it is unmounted. Can be called once.
@@ -113,7 +113,7 @@ impl Session {
         };
         if result.is_err() {
             // Nobody reads requests any more: let those who wait for an answer go.
-            if let Err(e) = self.mount.unmount(UnmountMode::Force) {
+            if let Err(e) = self.unmount(UnmountMode::Force) {
                 warn!("unmounting after a failure: {e}");
             }
         }
@@ -204,6 +204,13 @@ impl Drop for Session {
     }
 }
 
+fn unmount(mount: &Mount, device: &Device, mode: UnmountMode) -> io::Result<()> {
+    if mode == UnmountMode::Force && device.is_connected() {
+        mount.abort();
+    }
+    mount.unmount(mode)
+}
+
 /// What all reader threads share.
 struct Readers<'a> {
     handler: &'a dyn Handler,
@@ -233,7 +240,7 @@ impl Readers<'_> {
         if let Err(e) = &result {
             error!("session ends: {e}");
             // The other readers sit in read(2) until the connection is gone.
-            if let Err(e) = self.mount.unmount(UnmountMode::Force) {
+            if let Err(e) = unmount(self.mount, device, UnmountMode::Force) {
                 warn!("unmounting after a failure: {e}");
             }
         }

@@ -53,6 +53,8 @@ pub struct State {
     pub lock_requests: Vec<bool>,
     /// Names of operations that came, for those that leave no other trace.
     pub seen: Vec<&'static str>,
+    /// `groups` of the last MKDIR.
+    pub mkdir_groups: Vec<u32>,
     pub destroyed: usize,
     pub negotiated: Option<Negotiated>,
 }
@@ -288,6 +290,7 @@ impl Handler for MemFs {
             | InitFlags::EXPLICIT_INVAL_DATA
             | InitFlags::SETXATTR_EXT
             | InitFlags::HAS_EXPIRE_ONLY
+            | InitFlags::CREATE_SUPP_GROUP
             | InitFlags::DONT_MASK;
         assert!(offer.flags.contains(InitFlags::INIT_EXT));
         InitConfig { flags, ..InitConfig::default() }
@@ -338,6 +341,7 @@ impl Handler for MemFs {
                 reply.entry(&s.entry(ino));
             }
             Op::Mkdir { name, mode, umask } => {
+                s.mkdir_groups = request.groups;
                 let ino = s.add(nodeid, &name, libc::S_IFDIR | mode & !umask, request.uid, request.gid);
                 reply.entry(&s.entry(ino));
             }

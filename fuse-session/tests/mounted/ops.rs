@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 
-use fuse_session::{InitFlags, RunError, UnmountMode, abi};
+use fuse_session::{InitFlags, MountSpec, RunError, Session, UnmountMode, abi};
 
 use crate::guard::Mounted;
 use crate::memfs::HOUR;
@@ -180,6 +180,35 @@ fn rarer_operations_reach_the_handler() {
 }
 
 #[test]
+fn the_group_that_matters_for_a_new_name_is_told() {
+    let m = Mounted::new();
+    m.fs.state.lock().nodes.get_mut(&1).unwrap().attr.gid = 77;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            sys::set_groups_of_thread(&[55, 77]);
+            fs::create_dir(m.path("d")).unwrap();
+        });
+    });
+    assert_eq!(m.fs.state.lock().mkdir_groups, [77]);
+}
+
+#[test]
+fn a_covered_mount_is_not_mistaken_for_the_one_on_top() {
+    let below = Mounted::new();
+    fs::write(below.path("f"), b"below").unwrap();
+    let spec = MountSpec::new("other", "clusterfs", below.root());
+    let above = std::sync::Arc::new(Session::mount(&spec).unwrap());
+    let running = above.clone();
+    let server = std::thread::spawn(move || running.run(crate::memfs::MemFs::new(), 1));
+    assert_eq!(below.session.unmount(UnmountMode::Detach).unwrap_err().raw_os_error(), Some(libc::EBUSY));
+    assert!(below.session.is_mounted() && above.is_mounted());
+    above.unmount(UnmountMode::Plain).unwrap();
+    server.join().unwrap().unwrap();
+    assert!(below.session.is_mounted() && !above.is_mounted());
+    assert_eq!(fs::read(below.path("f")).unwrap(), b"below");
+}
+
+#[test]
 fn a_forgotten_answer_is_an_error_and_not_a_hang() {
     let m = Mounted::new();
     assert_eq!(sys::stat(&m.path("unanswered")), Err(libc::EIO));
@@ -225,6 +254,20 @@ fn a_detached_mount_serves_its_open_files_until_they_are_closed() {
     file.read_to_string(&mut text).unwrap();
     assert_eq!(text, "still here");
     drop(file);
+    m.finish(UnmountMode::Plain).unwrap();
+}
+
+#[test]
+fn force_ends_even_a_connection_that_is_off_the_tree() {
+    // The threads of the session are started from here and so are in the same namespace.
+    sys::enter_own_mount_namespace();
+    sys::mount_fusectl();
+    let m = Mounted::new();
+    fs::write(m.path("f"), b"data").unwrap();
+    let file = File::open(m.path("f")).unwrap();
+    m.session.unmount(UnmountMode::Detach).unwrap();
+    m.session.unmount(UnmountMode::Force).unwrap();
+    assert!(file.metadata().is_err(), "its connection is aborted");
     m.finish(UnmountMode::Plain).unwrap();
 }
 

@@ -147,6 +147,27 @@ pub fn sigusr2_count() -> usize {
     SIGUSR2_COUNT.load(Ordering::SeqCst)
 }
 
+/// The plain system call: the C library's function would change every thread.
+pub fn set_groups_of_thread(groups: &[libc::gid_t]) {
+    check(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) }).unwrap();
+}
+
+/// Mounts of this thread from here on end with it.
+pub fn enter_own_mount_namespace() {
+    let null = std::ptr::null();
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into()).unwrap();
+    let flags = libc::MS_REC | libc::MS_PRIVATE;
+    check(unsafe { libc::mount(null, c"/".as_ptr(), null, flags, null.cast()) }.into()).unwrap();
+}
+
+pub fn mount_fusectl() {
+    let (kind, dir) = (c"fusectl".as_ptr(), c"/sys/fs/fuse/connections".as_ptr());
+    match check(unsafe { libc::mount(kind, dir, kind, 0, std::ptr::null()) }.into()) {
+        Ok(_) | Err(libc::EBUSY) => {}
+        Err(errno) => panic!("mounting fusectl: errno {errno}"),
+    }
+}
+
 pub fn thread_self() -> libc::pthread_t {
     unsafe { libc::pthread_self() }
 }
