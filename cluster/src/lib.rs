@@ -4,18 +4,44 @@
 //! A volume joins with [`Node::join`], acquires locks with [`Node::acquire`], is told by its [`LockClient`] when another
 //! node wants one, and gives it up with [`Node::release`].
 
+mod demand;
+mod doorbell;
+mod format;
+mod heartbeat;
+mod hints;
+mod join;
 mod layout;
+mod lease;
+mod locks;
+mod monitor;
+mod node;
+mod recovery;
+pub mod simnet;
+mod stats;
+mod table;
+#[cfg(test)]
+mod tests;
 mod timeouts;
+pub mod transitions;
 mod types;
+pub mod udp;
+mod watch;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockdev::{BlockDevice, DevError};
 
+pub use format::{
+    Entry, FormatError, LastEnd, LockBlock, SlotBlock, SlotState, initial_lock_block, initial_slot_block,
+};
 pub use layout::Layout;
+pub use node::Node;
+pub use stats::LockStats;
+pub use table::{Life, SlotTable};
 pub use timeouts::Timeouts;
 pub use types::*;
+pub use watch::{SlotInfo, read_slots};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ClusterError {
@@ -43,13 +69,16 @@ pub type Result<T> = std::result::Result<T, ClusterError>;
 /// called again for the same node if the recoverer dies in the middle, so it is idempotent.
 #[async_trait]
 pub trait Recoverer: Send + Sync + 'static {
+    /// The device to replay with: it refuses writes once this node lapsed (I12). Called before the first replay.
+    fn attach(&self, _guarded: Arc<dyn BlockDevice>) {}
     async fn replay(&self, dead: NodeId) -> std::result::Result<(), String>;
 }
 
 /// The user of the locks: told what the others want. Calls return at once; work is spawned.
 pub trait LockClient: Send + Sync + 'static {
     /// Another node wants `id` in `wanted`; end by [`Node::release`]. Called once per grant, after the minimum hold time,
-    /// again if the want grows from shared to exclusive. Unknown or already released locks are ignored.
+    /// again if the want grows from shared to exclusive, and about every second while nothing happens. May arrive before
+    /// the task that acquired the lock has run on. Unknown or already released locks are ignored.
     fn demand(&self, id: LockId, wanted: Mode);
     /// The incarnation ended after a crash: its journal is replayed and its locks are free. Called on the recoverer.
     fn recovered(&self, dead: NodeId);

@@ -1,0 +1,99 @@
+//! What this node knows of the slots: which incarnations live and which have ended.
+//!
+//! The knowledge that an incarnation ended is monotone: slot blocks are taken in only if their sequence number is newer,
+//! and ended incarnations never come back (I8). A stale table is therefore safe: it only makes a node wait longer.
+
+use std::collections::BTreeMap;
+
+use crate::format::{SlotBlock, SlotState};
+use crate::{Incarnation, NodeId, Slot};
+
+/// What became of one incarnation, as far as is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Not known to have ended: what its entries say counts.
+    Current,
+    EndedClean,
+    EndedCrash,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SlotTable {
+    slots: BTreeMap<Slot, SlotBlock>,
+}
+
+impl SlotTable {
+    /// Takes in a slot block; true if it tells something new.
+    pub fn learn(&mut self, block: SlotBlock) -> bool {
+        let news = self.slots.get(&block.slot).is_none_or(|known| known.seq < block.seq);
+        if news {
+            self.slots.insert(block.slot, block);
+        }
+        news
+    }
+
+    pub fn life(&self, node: NodeId) -> Life {
+        let Some(block) = self.slots.get(&node.slot) else { return Life::Current };
+        if node.incarnation > block.last_ended {
+            return Life::Current;
+        }
+        // Further back than the history reaches: assume the worse.
+        match block.clean_ends.checked_shr(block.last_ended - node.incarnation) {
+            Some(ends) if ends & 1 == 1 => Life::EndedClean,
+            _ => Life::EndedCrash,
+        }
+    }
+
+    pub fn ended(&self, node: NodeId) -> bool {
+        self.life(node) != Life::Current
+    }
+
+    /// Where a node receives hints; `None` while this table does not know that life of the slot.
+    pub fn address(&self, node: NodeId) -> Option<&[u8]> {
+        let block = self.slots.get(&node.slot)?;
+        let known = block.state == SlotState::Live && block.incarnation == node.incarnation;
+        (known && !block.address.is_empty()).then_some(&block.address)
+    }
+
+    pub fn incarnation(&self, slot: Slot) -> Option<Incarnation> {
+        self.slots.get(&slot).map(|b| b.incarnation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(seq: u64, state: SlotState, incarnation: u32, last_ended: u32, clean_ends: u64) -> SlotBlock {
+        SlotBlock {
+            volume: 1,
+            slot: 0,
+            seq,
+            nonce: 0,
+            state,
+            incarnation,
+            last_ended,
+            clean_ends,
+            host_name: String::new(),
+            address: vec![1],
+        }
+    }
+
+    #[test]
+    fn ended_knowledge_is_monotone() {
+        let node = |incarnation| NodeId { slot: 0, incarnation };
+        let mut t = SlotTable::default();
+        assert_eq!(t.life(node(3)), Life::Current);
+        assert!(t.learn(block(5, SlotState::Live, 4, 3, 0b10)));
+        assert!(!t.learn(block(4, SlotState::Live, 3, 2, 0)));
+        assert_eq!([1, 2, 3, 4, 5].map(|i| t.life(node(i))), [
+            Life::EndedCrash,
+            Life::EndedClean,
+            Life::EndedCrash,
+            Life::Current,
+            Life::Current
+        ]);
+        assert_eq!(t.address(node(4)), Some(&[1][..]));
+        assert_eq!(t.address(node(5)), None);
+    }
+}

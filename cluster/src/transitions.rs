@@ -1,0 +1,196 @@
+//! How a lock block moves: one pure function, the same for nodes, tests and model checks.
+//!
+//! [`step`] applies what a node wants to a block and returns the block to be written, if anything changes. Every step
+//! first drops the entries of ended incarnations and last serves the waiters in the order of their tickets: all shared
+//! ones up to the first exclusive one, or one exclusive one. So a release hands the lock over, a request is granted at
+//! once where nobody is in the way or ahead, and any waiter's step gets a queue going again whose head had died.
+//! `docs/LOCKS.md` has the state table.
+
+use crate::format::{Entry, LockBlock};
+use crate::table::{Life, SlotTable};
+use crate::{LockValue, Mode, NodeId, Slot};
+
+/// What a node wants to do to a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Hold it in this mode, or wait for it. Keeps an earlier ticket.
+    Request(Mode),
+    /// Lower to `to`, or give up. `cleaned`: the holder was told of a crash before it and has seen to the leftovers.
+    Release { to: Option<Mode>, value: Option<LockValue>, open: bool, cleaned: bool },
+    /// Wait no longer.
+    Cancel,
+    /// Take back that files are open.
+    ClearOpen,
+    /// An exclusive holder sets the value.
+    SetValue(LockValue),
+}
+
+/// A block to be written in place of the one it was made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub block: LockBlock,
+    /// Who gets the lock by it, the actor included.
+    pub granted: Vec<NodeId>,
+}
+
+/// The slot has gone on to a later incarnation: the actor has lapsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Superseded;
+
+pub fn conflicts(a: Mode, b: Mode) -> bool {
+    a == Mode::Exclusive || b == Mode::Exclusive
+}
+
+/// What becomes of `block` when `me` does `event`; `None` if nothing changes.
+///
+/// # Panics
+/// If the result breaks an invariant: that is a bug here, as blocks that break one are never decoded.
+pub fn step(
+    block: &LockBlock,
+    me: NodeId,
+    event: Event,
+    table: &SlotTable,
+    nonce: u64,
+) -> Result<Option<Change>, Superseded> {
+    let mut b = block.clone();
+    purge(&mut b, table);
+    let old = b.entries.get(&me.slot).copied();
+    if old.is_some_and(|e| e.incarnation > me.incarnation) || table.ended(me) {
+        return Err(Superseded);
+    }
+    let fresh = Entry { incarnation: me.incarnation, held: None, wanted: None, ticket: 0, open: false };
+    let mut e = old.filter(|e| e.incarnation == me.incarnation).unwrap_or(fresh);
+    match event {
+        Event::Request(mode) => {
+            if e.held < Some(mode) {
+                if e.wanted.is_none() {
+                    e.ticket = u8::MAX;
+                }
+                e.wanted = Some(mode);
+            }
+        }
+        Event::Release { to, value, open, cleaned } => {
+            if e.held == Some(Mode::Exclusive) && to != Some(Mode::Exclusive) {
+                b.value = value.unwrap_or(b.value);
+                b.crashed &= !cleaned;
+            }
+            if e.held.is_some() {
+                e.held = e.held.min(to);
+                e.open = open && e.held.is_none();
+            }
+        }
+        Event::Cancel => {
+            e.wanted = None;
+            e.ticket = 0;
+        }
+        Event::ClearOpen => e.open = false,
+        Event::SetValue(value) => {
+            if e.held == Some(Mode::Exclusive) {
+                b.value = value;
+            }
+        }
+    }
+    if e.held.is_none() && e.wanted.is_none() && !e.open {
+        b.entries.remove(&me.slot);
+    } else {
+        b.entries.insert(me.slot, e);
+    }
+    let granted = serve(&mut b);
+    renumber(&mut b);
+    if b == *block {
+        return Ok(None);
+    }
+    b.seq += 1;
+    b.nonce = nonce;
+    if let Err(broken) = b.check() {
+        panic!("lock {}: step {event:?} of {me} breaks an invariant: {broken}", b.id);
+    }
+    assert!(b.seq == block.seq + 1 && b.tenure >= block.tenure, "I8: {} moves backwards", b.id);
+    Ok(Some(Change { block: b, granted }))
+}
+
+/// The block of a lock that had none: `me` holds it exclusively.
+pub fn first(volume: u64, id: crate::LockId, me: NodeId, root: u64, nonce: u64) -> LockBlock {
+    let mut b = LockBlock::unheld(volume, id, LockValue { root, next_local: 0 });
+    let e = Entry { incarnation: me.incarnation, held: Some(Mode::Exclusive), wanted: None, ticket: 0, open: false };
+    b.entries.insert(me.slot, e);
+    b.tenure = b.seq;
+    b.nonce = nonce;
+    b
+}
+
+/// Ending an incarnation freed its locks; here its entries go.
+fn purge(b: &mut LockBlock, table: &SlotTable) {
+    let mut leftovers = false;
+    b.entries.retain(|slot, e| {
+        let life = table.life(NodeId { slot: *slot, incarnation: e.incarnation });
+        leftovers |= life == Life::EndedCrash && e.held == Some(Mode::Exclusive);
+        // Orphans that it kept open are nobody's now, however it ended.
+        leftovers |= life != Life::Current && e.open;
+        life == Life::Current
+    });
+    b.crashed |= leftovers;
+}
+
+/// Waiters in the order in which they are served.
+fn queue(b: &LockBlock) -> Vec<(Slot, Mode)> {
+    let mut waiting: Vec<_> = b.entries.iter().filter_map(|(s, e)| Some((e.ticket, *s, e.wanted?))).collect();
+    waiting.sort_unstable_by_key(|(ticket, slot, _)| (*ticket, *slot));
+    waiting.into_iter().map(|(_, slot, mode)| (slot, mode)).collect()
+}
+
+fn serve(b: &mut LockBlock) -> Vec<NodeId> {
+    let mut granted = Vec::new();
+    for (slot, wanted) in queue(b) {
+        if b.entries.iter().any(|(s, e)| *s != slot && e.held.is_some_and(|held| conflicts(held, wanted))) {
+            break;
+        }
+        if let Some(e) = b.entries.get_mut(&slot) {
+            e.held = Some(wanted);
+            e.wanted = None;
+            e.ticket = 0;
+            // While it holds the lock, what it has open is its own business.
+            e.open = false;
+            granted.push(NodeId { slot, incarnation: e.incarnation });
+        }
+        if wanted == Mode::Exclusive {
+            b.previous_tenure = b.tenure;
+            b.tenure = b.seq + 1;
+            break;
+        }
+    }
+    granted
+}
+
+fn renumber(b: &mut LockBlock) {
+    for (i, (slot, _)) in queue(b).into_iter().enumerate() {
+        if let Some(e) = b.entries.get_mut(&slot) {
+            e.ticket = i as u8 + 1;
+        }
+    }
+}
+
+/// Whom a waiter has to tell, and what to ask for: the holders in the way of it or of anyone ahead of it, as one ahead may
+/// have stopped asking.
+pub fn in_the_way(b: &LockBlock, me: NodeId) -> Option<(Mode, Vec<NodeId>)> {
+    let mine = b.entry(me)?;
+    mine.wanted?;
+    let wanted = b.entries.values().filter(|e| e.wanted.is_some() && e.ticket <= mine.ticket).filter_map(|e| e.wanted);
+    let wanted = wanted.max()?;
+    let holders = b.entries.iter().filter(|(s, e)| **s != me.slot && e.held.is_some_and(|held| conflicts(held, wanted)));
+    Some((wanted, holders.map(|(s, e)| NodeId { slot: *s, incarnation: e.incarnation }).collect()))
+}
+
+/// The strongest mode that others wait for which needs `me` to give up or lower what it holds. Those behind `me` in the
+/// queue do not count: they are served later (this decides between two shared holders that both want more).
+pub fn wanted_from(b: &LockBlock, me: NodeId, table: &SlotTable) -> Option<Mode> {
+    let mine = b.entry(me)?;
+    let held = mine.held?;
+    b.entries
+        .iter()
+        .filter(|(s, e)| **s != me.slot && (mine.wanted.is_none() || e.ticket < mine.ticket))
+        .filter(|(s, e)| !table.ended(NodeId { slot: **s, incarnation: e.incarnation }))
+        .filter_map(|(_, e)| e.wanted)
+        .filter(|wanted| conflicts(held, *wanted))
+        .max()
+}
