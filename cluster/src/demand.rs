@@ -44,8 +44,7 @@ impl Shared {
                 && l.block.as_ref().is_some_and(|b| {
                     let mine = b.entry(me).filter(|e| e.wanted.is_some()).map(|e| e.ticket);
                     let theirs = b.entry(from).filter(|e| e.wanted.is_some()).map(|e| e.ticket);
-                    mine.is_some_and(|mine| theirs.is_none_or(|theirs| theirs > mine))
-                        && in_the_way(b, me).is_some()
+                    mine.is_some_and(|mine| theirs.is_none_or(|theirs| theirs > mine)) && in_the_way(b, me).is_some()
                 });
             if behind { Reaction::Nothing } else { Reaction::Demand }
         });

@@ -105,7 +105,7 @@ impl Joiner {
         let node = NodeId { slot: block.slot, incarnation: next_life(block) };
         match self.cfg.device.register(node.fence_key()).await {
             Ok(()) => {}
-            Err(DevError::Io { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => return Ok(None),
+            Err(DevError::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy => return Ok(None),
             Err(DevError::Fenced) => return Ok(None),
             Err(e) => return Err(e.into()),
         }
@@ -140,13 +140,7 @@ impl Joiner {
         self.change(dev, pulse, block, new).await
     }
 
-    async fn change(
-        &mut self,
-        dev: Arc<Guarded>,
-        pulse: Pulse,
-        block: &SlotBlock,
-        new: SlotBlock,
-    ) -> Result<Attempt> {
+    async fn change(&mut self, dev: Arc<Guarded>, pulse: Pulse, block: &SlotBlock, new: SlotBlock) -> Result<Attempt> {
         let pause = self.cfg.timeouts.doorbell();
         match change_slot(&*dev, &self.cfg.layout, block, &new, pause).await {
             Ok(None) => Ok(Attempt::Joined(Box::new((dev, pulse, new)))),
@@ -207,7 +201,6 @@ impl Joiner {
         table.learn(block);
         let shared = Arc::new(Shared {
             me: pulse.node,
-            nonce: pulse.nonce,
             lease: dev.lease.clone(),
             dev,
             layout: self.cfg.layout,

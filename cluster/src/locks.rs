@@ -20,6 +20,8 @@ use crate::{ClusterError, Grant, LockBlock, LockId, LockValue, Mode, NodeId, Rel
 const READ_TRIES: u32 = 5;
 /// Waiters never sleep longer than this between two looks at the lock block.
 const LONGEST_WAIT: Duration = Duration::from_millis(200);
+/// A waiter rings the doorbell again after this many looks at the lock block that showed no change of holders.
+const RING_AGAIN: u32 = 3;
 /// Locks remembered although not held; beyond this the idle ones are forgotten.
 const REMEMBERED: usize = 8192;
 
@@ -229,7 +231,8 @@ impl Shared {
         let mut table = self.table_version.subscribe();
         let mut interval = self.timeouts.doorbell();
         let longest = (4 * interval).min(LONGEST_WAIT).max(interval);
-        self.tell(id, &block, false);
+        let mut rung = self.tell(id, &block, false);
+        let mut polls = 0;
         loop {
             let timer = tokio::select! {
                 biased;
@@ -241,13 +244,17 @@ impl Shared {
             match self.ask(id, mode, &op, false).await? {
                 Asked::Granted(grant) => return Ok(grant),
                 Asked::Waits(now) => {
-                    if timer {
-                        // The hint was lost, or the holder has changed: ring (again).
-                        self.tell(id, &now, true);
-                        interval = (interval * 3 / 2).min(longest);
-                    } else if holders(&now) != holders(&block) {
-                        self.tell(id, &now, false);
+                    if holders(&now) != holders(&block) {
+                        rung = self.tell(id, &now, false);
                         interval = self.timeouts.doorbell();
+                        polls = 0;
+                    } else if timer {
+                        polls += 1;
+                        // The hint was lost perhaps, or the cell overwritten before it was read.
+                        if !rung || polls % RING_AGAIN == 0 {
+                            rung = self.tell(id, &now, true);
+                        }
+                        interval = (interval * 3 / 2).min(longest);
                     }
                     block = now;
                 }
@@ -439,24 +446,27 @@ fn holders(block: &LockBlock) -> Vec<NodeId> {
 }
 
 fn forget_idle(locks: &mut BTreeMap<LockId, Local>) {
-    locks.retain(|_, l| {
-        l.held.is_some() || l.waiting.is_some() || l.open || l.settling || Arc::strong_count(&l.op) > 1
-    });
+    locks
+        .retain(|_, l| l.held.is_some() || l.waiting.is_some() || l.open || l.settling || Arc::strong_count(&l.op) > 1);
 }
 
 impl Shared {
     /// Tells those in the way of our waiting entry. With `ring` the doorbell too; without it only where no hint can be
-    /// expected to arrive.
-    fn tell(self: &Arc<Self>, id: LockId, block: &LockBlock, ring: bool) {
-        let Some((wanted, nodes)) = in_the_way(block, self.me) else { return };
+    /// expected to arrive. True if all doorbells were rung that need to be.
+    fn tell(self: &Arc<Self>, id: LockId, block: &LockBlock, ring: bool) -> bool {
+        let Some((wanted, nodes)) = in_the_way(block, self.me) else { return true };
+        let mut all = true;
         for node in nodes {
             if ring {
                 self.doubt_hints(node);
             }
             let hinted = self.hint_demand(node, id, wanted);
-            if ring || !hinted {
+            let now = ring || !hinted;
+            all &= now;
+            if now {
                 self.ring(node, id, wanted);
             }
         }
+        all
     }
 }

@@ -36,8 +36,6 @@ pub(crate) enum State {
 /// What the tasks of a node share. Tasks hold this, not [`Node`], so that dropping the node ends them.
 pub(crate) struct Shared {
     pub me: NodeId,
-    /// Told apart from other mounts' heartbeats by this.
-    pub nonce: u64,
     pub dev: Arc<Guarded>,
     pub lease: Arc<Lease>,
     pub layout: Layout,

@@ -86,13 +86,10 @@ mod tests {
         assert_eq!(t.life(node(3)), Life::Current);
         assert!(t.learn(block(5, SlotState::Live, 4, 3, 0b10)));
         assert!(!t.learn(block(4, SlotState::Live, 3, 2, 0)));
-        assert_eq!([1, 2, 3, 4, 5].map(|i| t.life(node(i))), [
-            Life::EndedCrash,
-            Life::EndedClean,
-            Life::EndedCrash,
-            Life::Current,
-            Life::Current
-        ]);
+        assert_eq!(
+            [1, 2, 3, 4, 5].map(|i| t.life(node(i))),
+            [Life::EndedCrash, Life::EndedClean, Life::EndedCrash, Life::Current, Life::Current]
+        );
         assert_eq!(t.address(node(4)), Some(&[1][..]));
         assert_eq!(t.address(node(5)), None);
     }

@@ -177,7 +177,8 @@ pub fn in_the_way(b: &LockBlock, me: NodeId) -> Option<(Mode, Vec<NodeId>)> {
     mine.wanted?;
     let wanted = b.entries.values().filter(|e| e.wanted.is_some() && e.ticket <= mine.ticket).filter_map(|e| e.wanted);
     let wanted = wanted.max()?;
-    let holders = b.entries.iter().filter(|(s, e)| **s != me.slot && e.held.is_some_and(|held| conflicts(held, wanted)));
+    let holders =
+        b.entries.iter().filter(|(s, e)| **s != me.slot && e.held.is_some_and(|held| conflicts(held, wanted)));
     Some((wanted, holders.map(|(s, e)| NodeId { slot: *s, incarnation: e.incarnation }).collect()))
 }
 

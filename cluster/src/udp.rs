@@ -20,6 +20,8 @@ impl UdpHints {
     /// Binds `bind` (port 0: any free one) and tells the others to reach it at `reachable`, with the bound port.
     pub async fn bind(bind: SocketAddr, reachable: IpAddr) -> std::io::Result<Self> {
         let socket = UdpSocket::bind(bind).await?;
+        // Before the first readiness event every send would fail.
+        socket.writable().await?;
         let address = SocketAddr::new(reachable, socket.local_addr()?.port()).to_string();
         Ok(Self { socket, address })
     }

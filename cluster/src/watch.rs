@@ -68,7 +68,8 @@ impl Watches {
     /// Whether a round may be judged by; restarts the windows if not.
     pub fn accept(&mut self, round: &Round, timeouts: &Timeouts) -> bool {
         let slow = round.ended - round.started > timeouts.heartbeat();
-        let gap = self.last.is_some_and(|last| round.started.saturating_duration_since(last) > 3 * timeouts.heartbeat());
+        let gap =
+            self.last.is_some_and(|last| round.started.saturating_duration_since(last) > 3 * timeouts.heartbeat());
         if slow || gap {
             self.restart();
         }

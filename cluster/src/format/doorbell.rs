@@ -124,9 +124,11 @@ mod tests {
             receiver: NodeId { slot: 3, incarnation: 4 },
             counter: 5,
             requests: (0..n)
-                .map(|i| {
-                    if i % 2 == 0 { (LockId::Domain(i), Mode::Exclusive) } else { (LockId::Group(i), Mode::Shared) }
-                })
+                .map(
+                    |i| {
+                        if i % 2 == 0 { (LockId::Domain(i), Mode::Exclusive) } else { (LockId::Group(i), Mode::Shared) }
+                    },
+                )
                 .collect(),
         }
     }

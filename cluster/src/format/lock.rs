@@ -153,7 +153,8 @@ impl LockBlock {
         if self.entries.values().any(|e| e.wanted.is_some() && e.wanted <= e.held) {
             return Err("want that is already held");
         }
-        if self.entries.values().any(|e| e.incarnation == 0) || self.entries.keys().any(|s| usize::from(*s) >= MAX_NODES)
+        if self.entries.values().any(|e| e.incarnation == 0)
+            || self.entries.keys().any(|s| usize::from(*s) >= MAX_NODES)
         {
             return Err("holder");
         }
@@ -249,10 +250,8 @@ mod tests {
     #[test]
     fn a_block_that_breaks_one_writer_is_damaged() {
         let mut b = sample();
-        b.entries.insert(
-            2,
-            Entry { incarnation: 1, held: Some(Mode::Exclusive), wanted: None, ticket: 0, open: false },
-        );
+        b.entries
+            .insert(2, Entry { incarnation: 1, held: Some(Mode::Exclusive), wanted: None, ticket: 0, open: false });
         assert!(matches!(LockBlock::decode(&b.encode(512), 7, b.id), Err(FormatError::Invalid(_))));
     }
 }

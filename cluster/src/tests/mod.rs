@@ -1,0 +1,4 @@
+//! Scenarios with several nodes on a simulated device and a paused clock.
+
+mod harness;
+mod locking;
