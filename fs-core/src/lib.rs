@@ -1,5 +1,6 @@
 //! The volume: domains, trees, directories, files, allocation, and their on-disk format.
 
+pub mod check;
 pub mod error;
 pub mod format;
 pub mod tree;
