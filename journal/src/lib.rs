@@ -3,9 +3,28 @@
 //! The journal owns every dirty metadata block between the operation that changed it and its placing:
 //! [`Journal::install`] takes an operation's changes atomically, [`Journal::commit`] makes everything installed so far
 //! durable in one device write, [`Journal::settle`] places what a lock covers so that the lock can be given up (I3).
+//!
+//! A block moves through these states:
+//!
+//! | state | where it is | who moves it on |
+//! |-------|-------------|-----------------|
+//! | running | changed by installed operations, in no record yet | `commit` |
+//! | committing | sealed, its record is being written | the same commit, once the flush is back |
+//! | logged | its record is durable: it may be placed (I2) | `settle`, `checkpoint` |
+//! | placed | on the device, flushed: forgotten here | |
 
 pub mod block;
+mod commit;
+mod diff;
+mod format;
+mod log;
+mod place;
+mod replay;
+mod running;
 mod types;
 
 pub use block::{BLOCK_SIZE, Block};
+pub use format::initial_header;
+pub use log::{Journal, JournalStats};
+pub use replay::{ReplayReport, Scan, TenureSource, replay, scan};
 pub use types::*;

@@ -43,8 +43,10 @@ pub struct Install {
     pub data: Vec<DataWrite>,
 }
 
-/// Position in a journal: the number of a record; only grows, also across incarnations (I8).
+/// The number of a record; only grows, also across incarnations (I8).
 pub type RecordNo = u64;
+/// The number of a transaction: what is installed between two commits. Only compared within one incarnation.
+pub type TxNo = u64;
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum JournalError {
@@ -55,6 +57,8 @@ pub enum JournalError {
     Failed(String),
     #[error("the journal of slot {slot} is damaged at byte {offset}: {reason}")]
     Damaged { slot: u16, offset: u64, reason: String },
+    #[error("an operation of {bytes} bytes is too large for the journal, which takes {limit} at once")]
+    TooLarge { bytes: u64, limit: u64 },
     #[error("block {block} cannot be replayed: {reason}")]
     Replay { block: u64, reason: String },
 }

@@ -1,0 +1,161 @@
+//! Placing logged blocks, and moving the tail.
+
+use std::sync::Arc;
+
+use blockdev::IoClass;
+use cluster::LockId;
+use tokio::task::JoinSet;
+
+use crate::BLOCK_SIZE;
+use crate::block::{Block, BlockHeader};
+use crate::commit::joined;
+use crate::format::Header;
+use crate::log::{Journal, State};
+use crate::types::{JournalError, Result};
+
+/// Longest single write when placing, in blocks.
+const WRITE_MAX: usize = 256;
+const WRITES_IN_FLIGHT: usize = 8;
+
+impl Journal {
+    /// Commits and places everything under a lock: afterwards it may be given up (I3). Nothing is installed under it
+    /// meanwhile.
+    pub async fn settle(&self, lock: LockId) -> Result<()> {
+        self.commit_if(|s| s.running.touches(lock) || s.committing.values().any(|(l, _)| *l == lock)).await?;
+        self.place(|l| l == lock).await?;
+        debug_assert!(!self.is_pending(lock), "I3: {lock} has changes that are not in place");
+        Ok(())
+    }
+
+    /// The same for everything, and the journal is empty on disk.
+    pub async fn settle_all(&self) -> Result<()> {
+        self.commit_if(|_| true).await?;
+        self.place(|_| true).await?;
+        self.trim().await
+    }
+
+    /// Places everything once half of the ring is in use, so that its space can be used again and replay stays short.
+    pub async fn checkpoint(&self) -> Result<()> {
+        self.check()?;
+        let due = {
+            let s = self.state.lock();
+            self.used(&s) > self.ring() / 2 || s.logged.len() > 8192
+        };
+        if due {
+            self.place(|_| true).await?;
+            self.trim().await?;
+            self.state.lock().stats.checkpoints += 1;
+        }
+        Ok(())
+    }
+
+    async fn commit_if(&self, wanted: impl Fn(&State) -> bool) -> Result<()> {
+        let needed = wanted(&self.state.lock());
+        if needed {
+            self.commit().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes logged blocks to their places, durably. Never what is not logged yet (I2).
+    async fn place(&self, wanted: impl Fn(LockId) -> bool) -> Result<()> {
+        self.check()?;
+        let _one = self.placing.lock().await;
+        let blocks: Vec<(u64, Arc<Block>)> = {
+            let s = self.state.lock();
+            let durable = s.durable;
+            let due = s.logged.iter().filter(|(_, l)| wanted(l.lock)).map(|(b, l)| (*b, l.image.clone()));
+            let due: Vec<_> = due.collect();
+            for (b, image) in &due {
+                let record = BlockHeader::decode(image).map_or(0, |h| h.record);
+                assert!(record <= durable, "I2: block {b} of record {record} is placed before that is durable");
+            }
+            due
+        };
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        self.write_places(&blocks).await.map_err(|e| self.fail(e))?;
+        let mut s = self.state.lock();
+        for (b, image) in &blocks {
+            if s.logged.get(b).is_some_and(|l| Arc::ptr_eq(&l.image, image)) {
+                s.logged.remove(b);
+            }
+        }
+        s.stats.blocks_placed += blocks.len() as u64;
+        Ok(())
+    }
+
+    async fn write_places(&self, blocks: &[(u64, Arc<Block>)]) -> Result<()> {
+        let mut writes = JoinSet::new();
+        let mut rest = blocks;
+        while let Some(((first, _), _)) = rest.split_first() {
+            let same = rest.iter().zip(*first..).take(WRITE_MAX).take_while(|((b, _), n)| b == n).count();
+            let (run, tail) = rest.split_at(same);
+            rest = tail;
+            let (dev, bufs) = (self.dev.clone(), run.iter().map(|(_, b)| b.clone()).collect());
+            let at = first * BLOCK_SIZE as u64;
+            if writes.len() >= WRITES_IN_FLIGHT {
+                joined(writes.join_next().await)?;
+            }
+            writes.spawn(async move { dev.writev(IoClass::Meta, at, bufs, false).await });
+        }
+        while let Some(done) = writes.join_next().await {
+            joined(Some(done))?;
+        }
+        Ok(self.dev.flush(IoClass::Meta).await?)
+    }
+
+    /// Moves the tail on disk to the oldest record that is still needed.
+    async fn trim(&self) -> Result<()> {
+        let _one = self.placing.lock().await;
+        let header = {
+            let s = self.state.lock();
+            if s.live.is_empty() {
+                return Ok(());
+            }
+            let oldest = s.logged.values().map(|l| l.first).min().unwrap_or(s.durable + 1);
+            let next = s.live.iter().find(|l| l.number >= oldest);
+            let (tail, tail_number) = next.map_or((s.head % self.ring(), s.durable + 1), |l| (l.offset, l.number));
+            Header { tail, tail_number, generation: s.header.generation + 1, ..s.header }
+        };
+        self.write_header(header).await.map_err(|e| self.fail(e))?;
+        let mut s = self.state.lock();
+        while s.live.front().is_some_and(|l| l.number < header.tail_number) {
+            s.live.pop_front();
+        }
+        Ok(())
+    }
+
+    /// A place in the ring for `len` bytes in one piece; makes room if there is none.
+    pub(crate) async fn make_room(&self, len: u64) -> Result<u64> {
+        if len > self.ring() / 2 {
+            return Err(JournalError::TooLarge { bytes: len, limit: self.ring() / 2 });
+        }
+        for attempt in 0..3 {
+            if let Some(at) = self.fits(len) {
+                return Ok(at);
+            }
+            if attempt > 0 {
+                self.place(|_| true).await?;
+            }
+            self.trim().await?;
+        }
+        self.fits(len).ok_or(JournalError::TooLarge { bytes: len, limit: self.ring() / 2 })
+    }
+
+    fn fits(&self, len: u64) -> Option<u64> {
+        let s = self.state.lock();
+        let ring = self.ring();
+        let Some(front) = s.live.front().map(|l| l.offset) else {
+            return Some(if s.head + len <= ring { s.head } else { 0 });
+        };
+        if s.head > front {
+            if s.head + len <= ring {
+                return Some(s.head);
+            }
+            return (len < front).then_some(0);
+        }
+        (s.head + len < front).then_some(s.head)
+    }
+}

@@ -1,0 +1,270 @@
+//! Reading a journal back: replay of a dead node's records, and scans for checking.
+//!
+//! Replay is physical and idempotent: for every block it works out the image that the valid records lead to and writes that.
+//! A change counts if its lock is still held by the dead incarnation in the same tenure (I5), if no later record frees the
+//! block (I6), and, where the block on the device is sound, if it is newer than that (forward only). A torn block takes all
+//! changes since the tail: the ranges cover every byte that may differ, and the checksum in the last change proves it (I7).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use blockdev::{AlignedBuf, BlockDevice, IoClass};
+use cluster::{LockId, NodeId, Tenure};
+
+use crate::BLOCK_SIZE;
+use crate::block::{self, Block, BlockHeader};
+use crate::diff::apply;
+use crate::format::{Delta, HEADER_COPY, Header, RING_START, Record};
+use crate::types::{JournalError, RecordNo, Region, Result};
+
+/// Bytes read at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Who holds a lock, and in which tenure, as the lock blocks say.
+#[async_trait]
+pub trait TenureSource: Send + Sync {
+    /// The tenure in which `holder` holds the lock exclusively; `None` if it does not.
+    async fn exclusive_tenure(&self, lock: LockId, holder: NodeId) -> std::result::Result<Option<Tenure>, String>;
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReplayReport {
+    pub records: usize,
+    /// The newest record was left out because its data had not arrived.
+    pub dropped: bool,
+    pub blocks_written: usize,
+    pub changes_skipped: usize,
+}
+
+/// The records of a journal that count, oldest first.
+pub struct Scan {
+    pub records: Vec<Record>,
+    pub dropped: bool,
+}
+
+pub(crate) async fn read_header(dev: &Arc<dyn BlockDevice>, region: Region) -> Result<Header> {
+    let both = dev.read(IoClass::Journal, region.offset, 2 * HEADER_COPY).await?;
+    Header::decode(&both, &region).ok_or_else(|| JournalError::Damaged {
+        slot: region.slot,
+        offset: region.offset,
+        reason: "neither copy of its header is readable: run fsck.clusterfs".into(),
+    })
+}
+
+/// The number of the newest record that an incarnation wrote.
+pub(crate) async fn newest_record(dev: &Arc<dyn BlockDevice>, region: Region, header: &Header) -> Result<RecordNo> {
+    let records = Ring::new(dev, region).records(header).await?;
+    Ok(records.last().map_or(0, |r| r.number))
+}
+
+/// Reads the ring in large pieces.
+struct Ring<'a> {
+    dev: &'a Arc<dyn BlockDevice>,
+    region: Region,
+    /// Ring offset of what is in memory.
+    at: u64,
+    buf: AlignedBuf,
+}
+
+impl<'a> Ring<'a> {
+    fn new(dev: &'a Arc<dyn BlockDevice>, region: Region) -> Self {
+        Self { dev, region, at: 0, buf: AlignedBuf::zeroed(0) }
+    }
+
+    fn len(&self) -> u64 {
+        self.region.len - RING_START
+    }
+
+    /// `len` bytes at a ring offset, less at the end of the ring.
+    async fn bytes(&mut self, offset: u64, len: u64) -> Result<&[u8]> {
+        let sector = u64::from(self.dev.geometry().sector_size);
+        let end = (offset + len).min(self.len());
+        if offset < self.at || end > self.at + self.buf.len() as u64 {
+            let from = offset / sector * sector;
+            let to = (from + CHUNK).max(end.next_multiple_of(sector)).min(self.len());
+            let start = self.region.offset + RING_START + from;
+            self.buf = self.dev.read(IoClass::Journal, start, (to - from) as usize).await?;
+            self.at = from;
+        }
+        Ok(&self.buf[(offset - self.at) as usize..(end - self.at) as usize])
+    }
+
+    async fn record(&mut self, offset: u64, number: RecordNo, incarnation: u32) -> Result<Option<(Record, u64)>> {
+        let region = self.region;
+        if offset >= self.len() {
+            return Ok(None);
+        }
+        let head = self.bytes(offset, crate::format::RECORD_HEADER as u64).await?;
+        let Some((found, len)) = Record::peek(head, &region, incarnation) else { return Ok(None) };
+        if found != number || offset + len as u64 > self.len() {
+            return Ok(None);
+        }
+        let whole = self.bytes(offset, len as u64).await?;
+        Ok(Record::decode(whole, &region, incarnation).map(|r| (r, len as u64)))
+    }
+
+    /// All consecutive records from the tail.
+    async fn records(&mut self, header: &Header) -> Result<Vec<Record>> {
+        let (mut at, mut number) = (header.tail, header.tail_number);
+        let mut records = Vec::new();
+        loop {
+            let mut found = self.record(at, number, header.incarnation).await?;
+            if found.is_none() && at != 0 {
+                // What did not fit before the end of the ring went to its start.
+                at = 0;
+                found = self.record(0, number, header.incarnation).await?;
+            }
+            let Some((record, len)) = found else { return Ok(records) };
+            records.push(record);
+            at += len;
+            number += 1;
+        }
+    }
+}
+
+/// The valid records of an incarnation; the newest is left out if its data did not arrive.
+pub async fn scan(dev: &Arc<dyn BlockDevice>, region: Region, dead: NodeId) -> Result<Scan> {
+    let header = read_header(dev, region).await?;
+    if header.incarnation != dead.incarnation {
+        // It died before it started its journal: it changed nothing.
+        return Ok(Scan { records: Vec::new(), dropped: false });
+    }
+    let mut records = Ring::new(dev, region).records(&header).await?;
+    let arrived = match records.last() {
+        Some(newest) => data_arrived(dev, newest).await?,
+        None => true,
+    };
+    if !arrived {
+        records.pop();
+    }
+    Ok(Scan { records, dropped: !arrived })
+}
+
+async fn data_arrived(dev: &Arc<dyn BlockDevice>, record: &Record) -> Result<bool> {
+    for s in &record.sums {
+        let bytes = s.blocks as usize * BLOCK_SIZE;
+        let data = dev.read(IoClass::Data, s.block * BLOCK_SIZE as u64, bytes).await?;
+        if blake3::hash(&data).as_bytes()[..16] != s.sum {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// A change with what its record says about it.
+struct Counted<'a> {
+    record: RecordNo,
+    tenure: Tenure,
+    lock: LockId,
+    delta: &'a Delta,
+}
+
+impl Scan {
+    /// The block images that replay would write.
+    pub async fn images(
+        &self,
+        dev: &Arc<dyn BlockDevice>,
+        region: Region,
+        dead: NodeId,
+        locks: &dyn TenureSource,
+    ) -> Result<(BTreeMap<u64, Block>, ReplayReport)> {
+        let mut report = ReplayReport { records: self.records.len(), dropped: self.dropped, ..Default::default() };
+        let counted = self.counted(region, dead, locks, &mut report).await?;
+        let mut images = BTreeMap::new();
+        for (number, changes) in counted {
+            if let Some(image) = replayed(dev, region, number, &changes).await? {
+                images.insert(number, image);
+            }
+        }
+        report.blocks_written = images.len();
+        Ok((images, report))
+    }
+
+    async fn counted(
+        &self,
+        region: Region,
+        dead: NodeId,
+        locks: &dyn TenureSource,
+        report: &mut ReplayReport,
+    ) -> Result<BTreeMap<u64, Vec<Counted<'_>>>> {
+        let mut freed: BTreeMap<u64, RecordNo> = BTreeMap::new();
+        for r in &self.records {
+            for (first, n) in &r.revokes {
+                freed.extend((*first..first.saturating_add(*n)).take(1 << 24).map(|b| (b, r.number)));
+            }
+        }
+        let mut held: BTreeMap<LockId, Option<Tenure>> = BTreeMap::new();
+        let mut out: BTreeMap<u64, Vec<Counted<'_>>> = BTreeMap::new();
+        for r in &self.records {
+            for delta in &r.changes {
+                let Some((lock, tenure)) = r.locks.get(usize::from(delta.lock)).copied() else {
+                    let reason = format!("record {} names a lock it does not list", r.number);
+                    return Err(JournalError::Damaged { slot: region.slot, offset: region.offset, reason });
+                };
+                if let std::collections::btree_map::Entry::Vacant(v) = held.entry(lock) {
+                    let tenure = locks.exclusive_tenure(lock, dead).await;
+                    v.insert(tenure.map_err(|reason| JournalError::Replay { block: delta.block, reason })?);
+                }
+                let current = held.get(&lock).copied().flatten() == Some(tenure);
+                if !current || freed.get(&delta.block).is_some_and(|f| *f >= r.number) {
+                    report.changes_skipped += 1;
+                    continue;
+                }
+                out.entry(delta.block).or_default().push(Counted { record: r.number, tenure, lock, delta });
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// The image that the changes lead to; `None` if the device has it already.
+async fn replayed(
+    dev: &Arc<dyn BlockDevice>,
+    region: Region,
+    number: u64,
+    changes: &[Counted<'_>],
+) -> Result<Option<Block>> {
+    let Some(last) = changes.last() else { return Ok(None) };
+    let fail = |reason: &str| JournalError::Replay { block: number, reason: reason.into() };
+    let mut image = dev.read(IoClass::Meta, number * BLOCK_SIZE as u64, BLOCK_SIZE).await?;
+    let sound = block::verify(&image, region.volume, number, last.lock).ok();
+    let newer = |c: &&Counted<'_>, h: &BlockHeader| (c.tenure, c.record) > (h.tenure, h.record);
+    let due: Vec<&Counted<'_>> = match &sound {
+        Some(h) => changes.iter().filter(|c| newer(c, h)).collect(),
+        None => changes.iter().collect(),
+    };
+    if due.is_empty() {
+        return Ok(None);
+    }
+    // Whatever is older than a whole image does not matter.
+    let start = due.iter().rposition(|c| c.delta.whole).unwrap_or(0);
+    for c in &due[start..] {
+        if c.delta.whole {
+            image.fill(0);
+        }
+        apply(&mut image, &c.delta.ranges);
+    }
+    block::seal(&mut image, last.tenure, last.record);
+    if image[48..56] != last.delta.sum {
+        return Err(fail("what its records lead to does not have the checksum they promise: run fsck.clusterfs"));
+    }
+    block::verify(&image, region.volume, number, last.lock).map_err(|e| fail(&e.to_string()))?;
+    Ok(Some(image))
+}
+
+/// Replays a dead node's journal: writes the images to their places, durably. May be done again.
+pub async fn replay(
+    dev: &Arc<dyn BlockDevice>,
+    region: Region,
+    dead: NodeId,
+    locks: &dyn TenureSource,
+) -> Result<ReplayReport> {
+    let scan = scan(dev, region, dead).await?;
+    let (images, report) = scan.images(dev, region, dead, locks).await?;
+    for (number, image) in images {
+        dev.write(IoClass::Meta, number * BLOCK_SIZE as u64, Arc::new(image), false).await?;
+    }
+    dev.flush(IoClass::Meta).await?;
+    Ok(report)
+}
