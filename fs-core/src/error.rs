@@ -59,6 +59,12 @@ pub enum FsError {
     /// Not an error of the caller's: the operation must start over with this domain admitted too.
     #[error("needs domain {0} too")]
     NeedDomain(u32),
+    /// Not an error of the caller's: the operation must start over once this node holds the group.
+    #[error("needs group {0}")]
+    NeedGroup(u32),
+    /// Not an error of the caller's: no domain number is at hand.
+    #[error("no domain number is free")]
+    NoDomain,
     /// Not an error of the caller's: the operation must start over once more free blocks are at hand.
     #[error("needs {0} more free blocks")]
     NeedSpace(u64),

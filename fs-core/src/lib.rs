@@ -1,12 +1,29 @@
 //! The volume: domains, trees, directories, files, allocation, and their on-disk format.
+//!
+//! [`Volume::mount`] joins a volume; its methods are what a filesystem does, named after the system calls. Each result is
+//! [`Leased`]: true for as long as the node holds the domains it came from. Below are, from the top: the operations
+//! (`ops`, `contents`), an operation's private overlay (`txn`), admission and revocation (`hold`, `revoke`), the domain's
+//! tree (`tree`), free space (`alloc`, `space`), verified blocks (`store`), and the on-disk format (`format`).
 
-pub mod check;
+mod acl;
+pub mod alloc;
+mod background;
+mod contents;
+mod domain;
 pub mod error;
 pub mod format;
+mod hold;
+mod ops;
+mod recovery;
+mod revoke;
+mod space;
+mod store;
 pub mod tree;
+mod txn;
 pub mod types;
-pub mod volume;
+mod volume;
 
 pub use error::{FsError, Result};
+pub use recovery::JournalRecoverer;
 pub use types::*;
-pub use volume::{Leased, ROOT_INO, Volume};
+pub use volume::{Leased, MountError, ROOT_INO, Volume, read_superblock};

@@ -1,134 +1,345 @@
-//! The volume: what a mount is, below FUSE.
-#![allow(unused_variables, clippy::unused_async)]
+//! The volume: what a mount is, below FUSE. Joining and leaving, admission, and the loop that every operation runs in.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Weak};
 
-use blockdev::StatsSnapshot;
-use cluster::NodeId;
+use blockdev::{BlockDevice, IoClass, StatsSnapshot};
+use cluster::{ClusterError, JoinConfig, LockId, LockStats, Mode, Node, NodeId};
+use journal::{Journal, JournalStats, RecordNo};
+use parking_lot::Mutex;
 
+use crate::alloc::Allocator;
+use crate::domain::Domain;
 use crate::error::{FsError, Result};
+use crate::format::item::Time;
+use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
+use crate::format::superblock::{Superblock, SuperblockError};
+use crate::hold::{Entry, Hold, Ticket};
+use crate::recovery::JournalRecoverer;
+use crate::store::Store;
+use crate::txn::{Plan, Txn};
 use crate::types::*;
-
-/// A result that is valid while the node holds the domains it came from. Keep it until the reply has been given to the
-/// kernel: a revocation waits for that, so that nothing stale is cached afterwards.
-pub struct Leased<T> {
-    pub value: T,
-    /// The kernel may cache it without limit; false while a revocation is under way.
-    pub cacheable: bool,
-}
-
-pub struct Volume {
-    _private: (),
-}
 
 /// The root directory's inode number.
 pub const ROOT_INO: u64 = (1 << 40) | 1;
 
-impl Volume {
-    /// Joins the volume: claims a slot, recovers what is dead if need be.
-    pub async fn mount(cfg: MountConfig) -> Result<Arc<Self>> {
-        Err(FsError::NotSupported)
-    }
-    /// Writes everything back and leaves.
-    pub async fn unmount(&self) -> Result<()> {
-        Err(FsError::NotSupported)
-    }
-    pub fn node(&self) -> NodeId {
-        NodeId { slot: 0, incarnation: 0 }
-    }
-    /// Device counters of this node.
-    pub fn device_stats(&self) -> StatsSnapshot {
-        StatsSnapshot::default()
+/// A result that is valid while the node holds the domains it came from. Keep it until the reply has been given to the
+/// kernel: a revocation waits for that, so that nothing stale is cached afterwards.
+#[derive(Debug)]
+pub struct Leased<T> {
+    pub value: T,
+    /// The kernel may cache it without limit; false while a revocation is under way.
+    pub cacheable: bool,
+    tickets: Vec<Ticket>,
+}
+
+impl<T> Leased<T> {
+    pub(crate) fn new(value: T, tickets: Vec<Ticket>) -> Self {
+        Self { value, cacheable: tickets.iter().all(Ticket::cacheable), tickets }
     }
 
-    /// `None`: there is no such name (may be cached as such).
-    pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Leased<Option<Attr>>> {
-        Err(FsError::NotSupported)
+    /// Another value, still under the same tickets.
+    pub fn map<U>(self, f: impl FnOnce(T) -> U) -> Leased<U> {
+        Leased { value: f(self.value), cacheable: self.cacheable, tickets: self.tickets }
     }
-    pub async fn getattr(&self, ino: u64) -> Result<Leased<Attr>> {
-        Err(FsError::NotSupported)
+}
+
+/// Why a volume cannot be mounted.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum MountError {
+    #[error(transparent)]
+    Superblock(#[from] SuperblockError),
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    #[error("the device has {have} bytes, the volume needs {need}: it was truncated, or the wrong device is named")]
+    TooSmall { have: u64, need: u64 },
+    #[error("the volume was made for {volume}-byte sectors, the device has {device}-byte ones")]
+    SectorSize { volume: u32, device: u32 },
+}
+
+pub struct Volume {
+    pub(crate) layout: VolumeLayout,
+    pub(crate) superblock: Superblock,
+    pub(crate) node: Arc<Node>,
+    pub(crate) device: Arc<dyn BlockDevice>,
+    pub(crate) journal: Arc<Journal>,
+    pub(crate) store: Store,
+    pub(crate) alloc: Allocator,
+    pub(crate) kernel: Arc<dyn KernelCache>,
+    pub(crate) clock: Arc<dyn WallClock>,
+    pub(crate) read_only: bool,
+    pub(crate) atime: Atime,
+    pub(crate) dirty_limit: usize,
+    /// Bytes of contents that the journal has not got yet.
+    pub(crate) dirty_bytes: AtomicUsize,
+    pub(crate) domains: Mutex<BTreeMap<u32, Arc<Domain>>>,
+    pub(crate) groups: Mutex<BTreeMap<u32, Arc<Hold>>>,
+    /// One search for space at a time.
+    pub(crate) searching: tokio::sync::Mutex<()>,
+    /// One flush for want of memory at a time.
+    pub(crate) flushing: tokio::sync::Mutex<()>,
+    /// Why the volume can do nothing any more.
+    failed: Mutex<Option<FsError>>,
+    pub(crate) stop: tokio::sync::watch::Sender<bool>,
+    pub(crate) me: Weak<Volume>,
+}
+
+/// Reads and checks the superblock of a device.
+pub async fn read_superblock(device: &dyn BlockDevice) -> std::result::Result<Superblock, MountError> {
+    let geometry = device.geometry();
+    if geometry.size < BLOCK {
+        return Err(SuperblockError::Absent.into());
     }
-    pub async fn setattr(&self, ino: u64, set: SetAttr) -> Result<Leased<Attr>> {
-        Err(FsError::NotSupported)
+    let block = device.read(IoClass::Meta, 0, BLOCK as usize).await.map_err(FsError::from)?;
+    let sb = Superblock::decode(&block)?;
+    let need = sb.blocks * BLOCK;
+    if geometry.size < need {
+        return Err(MountError::TooSmall { have: geometry.size, need });
     }
-    pub async fn readlink(&self, ino: u64) -> Result<Leased<Vec<u8>>> {
-        Err(FsError::NotSupported)
+    if sb.sector_size < geometry.sector_size {
+        return Err(MountError::SectorSize { volume: sb.sector_size, device: geometry.sector_size });
     }
-    /// Regular files, fifos, sockets, device nodes. `open`: also counts one open (release it).
-    pub async fn mknod(&self, who: Caller, parent: u64, name: &[u8], new: NewNode, open: bool) -> Result<Leased<Attr>> {
-        Err(FsError::NotSupported)
+    Ok(sb)
+}
+
+impl Volume {
+    /// Joins the volume: claims a slot, takes over a dead one's if none is free.
+    pub async fn mount(cfg: MountConfig) -> std::result::Result<Arc<Self>, MountError> {
+        let superblock = read_superblock(cfg.device.as_ref()).await?;
+        let layout = superblock.layout();
+        let recoverer = Arc::new(JournalRecoverer { device: cfg.device.clone(), layout });
+        let node = Node::join(JoinConfig {
+            device: cfg.device.clone(),
+            layout: layout.cluster(),
+            timeouts: superblock.timeouts,
+            hint_key: superblock.hint_key,
+            net: cfg.net,
+            host_name: cfg.host_name,
+            recoverer,
+            seed: cfg.seed,
+        })
+        .await
+        .map_err(FsError::from)?;
+        let device = node.guarded_device();
+        let journal =
+            Journal::open(device.clone(), layout.journal(node.id().slot), node.id()).await.map_err(FsError::from)?;
+        let store = Store::new(device.clone(), journal.clone(), layout.volume, cfg.cache_bytes);
+        let volume = Arc::new_cyclic(|me| Self {
+            layout,
+            superblock,
+            node: node.clone(),
+            device,
+            journal,
+            store,
+            alloc: Allocator::new(layout),
+            kernel: cfg.kernel,
+            clock: cfg.clock,
+            read_only: cfg.read_only,
+            atime: cfg.atime,
+            dirty_limit: cfg.dirty_bytes,
+            dirty_bytes: AtomicUsize::new(0),
+            domains: Mutex::new(BTreeMap::new()),
+            groups: Mutex::new(BTreeMap::new()),
+            searching: tokio::sync::Mutex::new(()),
+            flushing: tokio::sync::Mutex::new(()),
+            failed: Mutex::new(None),
+            stop: tokio::sync::watch::channel(false).0,
+            me: me.clone(),
+        });
+        node.start(Arc::new(crate::revoke::Client { volume: volume.me.clone() }));
+        // The root must be readable: a mount that cannot serve says so now.
+        volume.getattr(ROOT_INO).await?;
+        volume.start_background();
+        Ok(volume)
     }
-    pub async fn mkdir(&self, who: Caller, parent: u64, name: &[u8], new: NewNode) -> Result<Leased<Attr>> {
-        Err(FsError::NotSupported)
+
+    /// Writes everything back, gives every lock up and leaves.
+    pub async fn unmount(&self) -> Result<()> {
+        let result = self.write_back_all().await;
+        self.stop.send_replace(true);
+        let left = match result {
+            Ok(()) => self.node.leave().await.map_err(FsError::from),
+            Err(e) => Err(e),
+        };
+        self.fail(FsError::Cluster(ClusterError::Leaving));
+        left
     }
-    pub async fn symlink(&self, who: Caller, parent: u64, name: &[u8], target: &[u8]) -> Result<Leased<Attr>> {
-        Err(FsError::NotSupported)
+
+    async fn write_back_all(&self) -> Result<()> {
+        self.check()?;
+        self.flush_everything().await?;
+        self.clean_own_slot().await;
+        self.flush_everything().await?;
+        self.journal.settle_all().await?;
+        Ok(())
     }
-    /// O_TMPFILE: an open file without a name, in the parent's domain.
-    pub async fn tmpfile(&self, who: Caller, parent: u64, new: NewNode) -> Result<Leased<Attr>> {
-        Err(FsError::NotSupported)
+
+    pub fn node(&self) -> NodeId {
+        self.node.id()
     }
-    pub async fn link(&self, ino: u64, parent: u64, name: &[u8]) -> Result<Leased<Attr>> {
-        Err(FsError::NotSupported)
+
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
     }
-    pub async fn unlink(&self, parent: u64, name: &[u8]) -> Result<Leased<()>> {
-        Err(FsError::NotSupported)
+
+    /// Device counters of this node.
+    pub fn device_stats(&self) -> StatsSnapshot {
+        self.device.stats().snapshot()
     }
-    pub async fn rmdir(&self, parent: u64, name: &[u8]) -> Result<Leased<()>> {
-        Err(FsError::NotSupported)
+
+    pub fn lock_stats(&self) -> LockStats {
+        self.node.stats()
     }
-    pub async fn rename(&self, from: u64, name: &[u8], to: u64, new_name: &[u8], how: Rename) -> Result<Leased<()>> {
-        Err(FsError::NotSupported)
+
+    pub fn journal_stats(&self) -> JournalStats {
+        self.journal.stats()
     }
-    /// Counts an open file; `truncate` as O_TRUNC.
-    pub async fn open(&self, ino: u64, truncate: bool) -> Result<Leased<()>> {
-        Err(FsError::NotSupported)
+
+    /// The domain that this node keeps for itself.
+    pub(crate) fn own_domain(&self) -> u32 {
+        FIRST_SLOT_DOMAIN + u32::from(self.node().slot)
     }
-    /// Ends one open.
-    pub async fn release(&self, ino: u64) {}
-    /// Short only at the end of the file.
-    pub async fn read(&self, ino: u64, offset: u64, len: u32) -> Result<Leased<Vec<u8>>> {
-        Err(FsError::NotSupported)
+
+    pub(crate) fn now(&self) -> Time {
+        self.clock.now()
     }
-    /// Returns the offset at which the data went (differs from `offset` for appends).
-    pub async fn write(&self, ino: u64, offset: u64, data: &[u8], how: WriteOptions) -> Result<Leased<u64>> {
-        Err(FsError::NotSupported)
+
+    pub(crate) fn fail(&self, why: FsError) {
+        let mut failed = self.failed.lock();
+        if failed.is_none() {
+            *failed = Some(why);
+        }
+        drop(failed);
+        for d in self.domains.lock().values() {
+            d.hold.lost();
+        }
+        for g in self.groups.lock().values() {
+            g.lost();
+        }
     }
-    /// Durable on return: file or directory.
-    pub async fn fsync(&self, ino: u64, data_only: bool) -> Result<()> {
-        Err(FsError::NotSupported)
+
+    /// The reason why nothing can be done any more, if there is one (I12).
+    pub(crate) fn check(&self) -> Result<()> {
+        match &*self.failed.lock() {
+            Some(e) => Err(e.clone()),
+            None => Ok(()),
+        }
     }
-    /// Everything durable.
-    pub async fn sync(&self) -> Result<()> {
-        Err(FsError::NotSupported)
+
+    pub(crate) fn domain(&self, id: u32) -> Arc<Domain> {
+        self.domains.lock().entry(id).or_insert_with(|| Domain::new(id)).clone()
     }
-    pub async fn fallocate(&self, ino: u64, offset: u64, len: u64, how: Fallocate) -> Result<Leased<()>> {
-        Err(FsError::NotSupported)
+
+    pub(crate) fn group_hold(&self, group: u32) -> Arc<Hold> {
+        self.groups.lock().entry(group).or_insert_with(|| Hold::new(LockId::Group(group))).clone()
     }
-    pub async fn seek(&self, ino: u64, offset: u64, whence: Whence) -> Result<u64> {
-        Err(FsError::NotSupported)
+
+    // ---- admission ---------------------------------------------------------------------------------------------
+
+    /// Admits an operation, acquiring the lock if need be (I1).
+    pub(crate) async fn enter(&self, hold: &Arc<Hold>, mode: Mode) -> Result<Ticket> {
+        self.check()?;
+        if let Entry::Admitted(t) = self.enter_or_acquire(hold, mode) {
+            return Ok(t);
+        }
+        let _waiting = hold.waiting();
+        hold.wait_until(|| {
+            if let Err(e) = self.check() {
+                return Some(Err(e));
+            }
+            if let Some(e) = hold.error() {
+                return Some(Err(e));
+            }
+            match self.enter_or_acquire(hold, mode) {
+                Entry::Admitted(t) => Some(Ok(t)),
+                _ => None,
+            }
+        })
+        .await
     }
-    pub async fn statfs(&self) -> Result<StatFs> {
-        Err(FsError::NotSupported)
+
+    fn enter_or_acquire(&self, hold: &Arc<Hold>, mode: Mode) -> Entry {
+        let entry = hold.try_enter(mode);
+        if let (Entry::Acquire(mode), Some(volume)) = (&entry, self.me.upgrade()) {
+            let (mode, hold) = (*mode, hold.clone());
+            tokio::spawn(async move { volume.acquire(hold, mode).await });
+        }
+        entry
     }
-    /// Up to `max` entries behind cookie `after` (0: from the start). "." and ".." are not among them.
-    pub async fn readdir(&self, ino: u64, after: u64, max: usize, plus: bool) -> Result<Leased<Vec<DirEntry>>> {
-        Err(FsError::NotSupported)
+
+    // ---- the loop of every operation ---------------------------------------------------------------------------
+
+    pub(crate) async fn begin(&self, plan: &Plan) -> Result<Txn<'_>> {
+        if plan.writes() {
+            if self.read_only {
+                return Err(FsError::ReadOnly);
+            }
+            self.journal.throttle().await.map_err(|e| self.journal_failed(e))?;
+        }
+        Txn::begin(self, plan).await
     }
-    /// The parent of a directory (for "..").
-    pub async fn parent(&self, ino: u64) -> Result<u64> {
-        Err(FsError::NotSupported)
+
+    /// Installs a finished operation; `None`: the plan has been widened, start over.
+    pub(crate) async fn finish<T>(
+        &self,
+        mut tx: Txn<'_>,
+        result: Result<T>,
+        plan: &mut Plan,
+    ) -> Result<Option<Leased<T>>> {
+        let result = match result {
+            Ok(v) => tx.prepare().await.map(|()| v),
+            e => e,
+        };
+        match result {
+            Ok(v) => {
+                let (_, tickets) = tx.install();
+                Ok(Some(Leased::new(v, tickets)))
+            }
+            Err(FsError::NeedDomain(d)) => {
+                drop(tx);
+                let mode = if plan.writes() { Mode::Exclusive } else { Mode::Shared };
+                plan.domains.insert(d, mode);
+                Ok(None)
+            }
+            Err(FsError::NeedSpace(blocks)) => {
+                drop(tx);
+                plan.space_tries += 1;
+                self.find_space(blocks, plan).await?;
+                Ok(None)
+            }
+            Err(FsError::NeedGroup(group)) => {
+                drop(tx);
+                // Only to have it: the ticket is taken again when the operation starts over.
+                self.enter(&self.group_hold(group), Mode::Exclusive).await?;
+                Ok(None)
+            }
+            Err(e) => Err(e),
+        }
     }
-    pub async fn getxattr(&self, ino: u64, name: &[u8]) -> Result<Leased<Vec<u8>>> {
-        Err(FsError::NotSupported)
+
+    pub(crate) fn journal_failed(&self, e: journal::JournalError) -> FsError {
+        let e = FsError::Journal(e);
+        tracing::error!(node = %self.node(), "{e}");
+        self.fail(e.clone());
+        e
     }
-    pub async fn setxattr(&self, ino: u64, name: &[u8], value: &[u8], how: XattrSet) -> Result<Leased<()>> {
-        Err(FsError::NotSupported)
+
+    /// Makes everything installed so far durable.
+    pub(crate) async fn commit(&self) -> Result<RecordNo> {
+        self.check()?;
+        let record = self.journal.commit().await.map_err(|e| self.journal_failed(e))?;
+        self.reap();
+        Ok(record)
     }
-    pub async fn listxattr(&self, ino: u64) -> Result<Leased<Vec<Vec<u8>>>> {
-        Err(FsError::NotSupported)
-    }
-    pub async fn removexattr(&self, ino: u64, name: &[u8]) -> Result<Leased<()>> {
-        Err(FsError::NotSupported)
+
+    /// Lets go of what was kept until a record is durable.
+    pub(crate) fn reap(&self) {
+        let durable = self.journal.durable();
+        self.alloc.reap(durable);
+        let domains: Vec<_> = self.domains.lock().values().cloned().collect();
+        for d in domains {
+            d.reap_pages(durable);
+        }
     }
 }

@@ -96,7 +96,7 @@ pub struct Time {
 /// | 88 | 8 | of a directory: inode number of its parent |
 /// | 96 | 4 | flags: 1 contents are inline |
 /// | 100 | 4 | of a directory: subdirectories |
-/// | 104 | 8 | zero |
+/// | 104 | 8 | generation: (inode number, generation) is never used again, also when a domain number is (I8) |
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Inode {
     pub mode: u32,
@@ -113,6 +113,7 @@ pub struct Inode {
     pub parent: u64,
     pub flags: u32,
     pub subdirs: u32,
+    pub generation: u64,
 }
 
 pub const INODE_SIZE: usize = 112;
@@ -126,7 +127,7 @@ impl Inode {
         for t in [self.atime, self.mtime, self.ctime, self.btime] {
             w.i64(t.secs).u32(t.nanos);
         }
-        w.u64(self.rdev).u64(self.parent).u32(self.flags).u32(self.subdirs);
+        w.u64(self.rdev).u64(self.parent).u32(self.flags).u32(self.subdirs).u64(self.generation);
         b
     }
 
@@ -139,18 +140,34 @@ impl Inode {
             *t = Time { secs: r.i64()?, nanos: r.u32()? };
         }
         let [atime, mtime, ctime, btime] = times;
-        let (rdev, parent, flags, subdirs) = (r.u64()?, r.u64()?, r.u32()?, r.u32()?);
-        Ok(Self { mode, uid, gid, links, size, blocks, atime, mtime, ctime, btime, rdev, parent, flags, subdirs })
+        let (rdev, parent, flags, subdirs, generation) = (r.u64()?, r.u64()?, r.u32()?, r.u32()?, r.u64()?);
+        Ok(Self {
+            mode,
+            uid,
+            gid,
+            links,
+            size,
+            blocks,
+            atime,
+            mtime,
+            ctime,
+            btime,
+            rdev,
+            parent,
+            flags,
+            subdirs,
+            generation,
+        })
     }
 
     pub fn is_dir(&self) -> bool {
-        self.mode & libc_mode::S_IFMT == libc_mode::S_IFDIR
+        self.mode & mode_bits::S_IFMT == mode_bits::S_IFDIR
     }
     pub fn is_file(&self) -> bool {
-        self.mode & libc_mode::S_IFMT == libc_mode::S_IFREG
+        self.mode & mode_bits::S_IFMT == mode_bits::S_IFREG
     }
     pub fn is_symlink(&self) -> bool {
-        self.mode & libc_mode::S_IFMT == libc_mode::S_IFLNK
+        self.mode & mode_bits::S_IFMT == mode_bits::S_IFLNK
     }
     pub fn is_inline(&self) -> bool {
         self.flags & FLAG_INLINE != 0
@@ -158,7 +175,7 @@ impl Inode {
 }
 
 /// File type bits of st_mode, fixed by POSIX practice and stored on disk.
-pub mod libc_mode {
+pub mod mode_bits {
     pub const S_IFMT: u32 = 0o170000;
     pub const S_IFSOCK: u32 = 0o140000;
     pub const S_IFLNK: u32 = 0o120000;

@@ -1,0 +1,214 @@
+//! One held group: what is busy in memory, and the group's blocks as installed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cluster::{LockId, Tenure};
+use journal::block::{BlockHeader, BlockKind};
+use journal::{BLOCK_SIZE, Block, Change};
+
+use super::bits::Bits;
+use crate::error::{FsError, Result};
+use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, bit, set_bit};
+use crate::format::layout::{Extent, VolumeLayout};
+use crate::hold::Hold;
+use crate::store::Store;
+
+/// A group block: its number on the device, the content as installed, and the content before the current installation.
+#[derive(Debug)]
+struct Image {
+    number: u64,
+    block: Arc<Block>,
+    /// `None`: not on disk yet; the first installation logs it whole.
+    on_disk: bool,
+    before: Option<Option<Arc<Block>>>,
+}
+
+impl Image {
+    fn edit(&mut self) -> &mut Block {
+        if self.before.is_none() {
+            self.before = Some(self.on_disk.then(|| self.block.clone()));
+            self.on_disk = true;
+        }
+        Arc::make_mut(&mut self.block)
+    }
+}
+
+#[derive(Debug)]
+pub struct Group {
+    number: u32,
+    volume: u64,
+    hold: Arc<Hold>,
+    tenure: Tenure,
+    header: GroupHeader,
+    header_image: Image,
+    bitmaps: BTreeMap<u16, Image>,
+    first_bitmap: u64,
+    busy: Bits,
+    free: u64,
+    cursor: u64,
+    domains: Bits,
+}
+
+impl Group {
+    /// Reads a group that was just acquired.
+    pub async fn load(
+        store: &Store,
+        layout: &VolumeLayout,
+        number: u32,
+        hold: Arc<Hold>,
+        tenure: Tenure,
+    ) -> Result<Self> {
+        let owner = LockId::Group(number);
+        let header_block = layout.group_header(number);
+        let block = store.read(owner, header_block, BlockKind::GroupHeader).await?;
+        let header = GroupHeader::decode(&block).map_err(|e| FsError::format(owner, e))?;
+        let extent = layout.group_extent(number);
+        let mut busy = Bits::new(extent.len);
+        let mut bitmaps = BTreeMap::new();
+        for index in 0..layout.bitmap_blocks {
+            if header.written_bitmaps & (1 << index) == 0 {
+                continue;
+            }
+            let at = layout.group_bitmap(number, index);
+            let map = store.read(owner, at, BlockKind::GroupBitmap).await?;
+            let base = u64::from(index) * BITS_PER_BITMAP;
+            for i in 0..BITS_PER_BITMAP.min(extent.len.saturating_sub(base)) {
+                if bit(&map[64..], i as usize) {
+                    busy.set(base + i, true);
+                }
+            }
+            bitmaps.insert(index, Image { number: at, block: map, on_disk: true, before: None });
+        }
+        let free = busy.count_clear();
+        if free != header.free_blocks {
+            let why = format!("its header counts {} free blocks, its bitmaps {free}", header.free_blocks);
+            return Err(FsError::damaged(owner, why));
+        }
+        let range = layout.group_domains(number);
+        let mut domains = Bits::new(u64::from(range.end - range.start));
+        for i in 0..domains.len() {
+            domains.set(i, bit(&block[DOMAIN_BITMAP], i as usize));
+        }
+        Ok(Self {
+            number,
+            volume: layout.volume,
+            hold,
+            tenure,
+            header,
+            header_image: Image { number: header_block, block, on_disk: true, before: None },
+            bitmaps,
+            first_bitmap: layout.group_bitmap(number, 0),
+            busy,
+            free,
+            cursor: 0,
+            domains,
+        })
+    }
+
+    pub fn hold(&self) -> &Arc<Hold> {
+        &self.hold
+    }
+
+    /// Blocks that can be taken now.
+    pub fn free(&self) -> u64 {
+        self.free
+    }
+
+    /// As the header counts: freed ones that wait for their record included.
+    pub fn free_on_disk(&self) -> u64 {
+        self.header.free_blocks
+    }
+
+    /// Offsets are relative to the group's first block here and below.
+    pub fn take(&mut self, want: u64, goal: Option<u64>) -> Option<Extent> {
+        let at_goal = goal.filter(|g| !self.busy.get(*g)).map(|g| (g, self.busy.run(g, want)));
+        let (start, len) = at_goal.or_else(|| self.busy.find(want, self.cursor))?;
+        let e = Extent::new(start, len);
+        self.set_busy(e, true);
+        self.cursor = e.end();
+        Some(e)
+    }
+
+    pub fn set_busy(&mut self, e: Extent, busy: bool) {
+        for i in e.start..e.end() {
+            debug_assert_ne!(self.busy.get(i), busy, "block {i} of group {} changes hands twice", self.number);
+            self.busy.set(i, busy);
+        }
+        if busy { self.free -= e.len } else { self.free += e.len }
+    }
+
+    pub fn has_free_domain(&self) -> bool {
+        self.domains.next_clear(0).is_some()
+    }
+
+    pub fn take_domain(&mut self) -> Option<u32> {
+        let d = self.domains.next_clear(0)?;
+        self.domains.set(d, true);
+        Some(d as u32)
+    }
+
+    pub fn set_domain_busy(&mut self, d: u32, busy: bool) {
+        self.domains.set(d.into(), busy);
+    }
+
+    /// Sets or clears the bits of an extent in the bitmap blocks.
+    pub fn mark(&mut self, e: Extent, used: bool) {
+        for i in e.start..e.end() {
+            let index = (i / BITS_PER_BITMAP) as u16;
+            let image = self.bitmaps.entry(index).or_insert_with(|| Image {
+                number: self.first_bitmap + u64::from(index),
+                block: Arc::new(Block::zeroed(BLOCK_SIZE)),
+                on_disk: false,
+                before: None,
+            });
+            let map = image.edit();
+            if map[0] == 0 {
+                BlockHeader {
+                    kind: BlockKind::GroupBitmap,
+                    owner: LockId::Group(self.number),
+                    volume: self.volume,
+                    block: self.first_bitmap + u64::from(index),
+                    tenure: 0,
+                    record: 0,
+                }
+                .encode(map);
+            }
+            let at = (i % BITS_PER_BITMAP) as usize;
+            debug_assert_ne!(bit(&map[64..], at), used, "bit {i} of group {} changes twice", self.number);
+            set_bit(&mut map[64..], at, used);
+            self.header.written_bitmaps |= 1 << index;
+        }
+        if used {
+            self.header.free_blocks -= e.len
+        } else {
+            self.header.free_blocks += e.len
+        }
+        let header = self.header;
+        header.encode(self.header_image.edit());
+    }
+
+    pub fn mark_domain(&mut self, d: u32, used: bool) {
+        let map = self.header_image.edit();
+        set_bit(&mut map[DOMAIN_BITMAP], d as usize, used);
+        if used {
+            self.header.free_domains -= 1
+        } else {
+            self.header.free_domains += 1
+        }
+        let header = self.header;
+        header.encode(self.header_image.edit());
+    }
+
+    /// The blocks changed since the last call.
+    pub fn take_changes(&mut self, lock: LockId) -> Vec<Change> {
+        let tenure = self.tenure;
+        let images = self.bitmaps.values_mut().chain(std::iter::once(&mut self.header_image));
+        images
+            .filter_map(|i| {
+                let old = i.before.take()?;
+                Some(Change { block: i.number, lock, tenure, new: i.block.clone(), old })
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,187 @@
+//! Getting hold of groups with free space, the volume's free space as a whole, and frees into groups that others hold.
+
+use std::collections::BTreeSet;
+
+use blockdev::IoClass;
+use cluster::{LockBlock, LockId, Mode};
+
+use crate::alloc::Purpose;
+use crate::error::{FsError, Result};
+use crate::format::item::{Key, Kind};
+use crate::format::layout::Extent;
+use crate::txn::{Plan, Txn};
+use crate::types::StatFs;
+use crate::volume::Volume;
+
+/// Deferred frees that one operation carries out.
+const FREES_AT_ONCE: usize = 64;
+/// Lock blocks read at once when groups are looked over.
+const SURVEY_BYTES: u64 = 1 << 20;
+
+/// What the lock block of a group that this node does not hold says.
+struct Candidate {
+    group: u32,
+    free: u64,
+    /// Another node holds it: its count is from when it was last given up.
+    taken: bool,
+}
+
+impl Volume {
+    /// Gets a group with free blocks for an operation that ran out of them.
+    pub(crate) async fn find_space(&self, blocks: u64, plan: &Plan) -> Result<()> {
+        let _one = self.searching.lock().await;
+        if self.enough(blocks, plan.purpose) && plan.space_tries <= 2 {
+            return Ok(());
+        }
+        // Blocks freed a moment ago count once the record of the free is durable.
+        let before = self.alloc.free(None);
+        self.commit().await?;
+        if self.alloc.free(None) > before && self.enough(blocks, plan.purpose) && plan.space_tries <= 4 {
+            return Ok(());
+        }
+        for c in self.candidates().await? {
+            if c.free == 0 && !c.taken {
+                continue;
+            }
+            let _ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
+            let free = self.alloc.held().into_iter().find(|(g, _)| *g == c.group).map_or(0, |(_, f)| f);
+            if self.alloc.usable(free, plan.purpose) > 0 && self.enough(blocks.min(64), plan.purpose) {
+                return Ok(());
+            }
+        }
+        if self.enough(1, plan.purpose) && plan.space_tries < 64 { Ok(()) } else { Err(FsError::NoSpace) }
+    }
+
+    fn enough(&self, blocks: u64, purpose: Purpose) -> bool {
+        let usable: u64 = self.alloc.held().iter().map(|(_, f)| self.alloc.usable(*f, purpose)).sum();
+        let promised = if purpose == Purpose::Grow { self.alloc.reserved() } else { 0 };
+        usable >= promised + blocks.max(1)
+    }
+
+    /// Gets a group with a free domain number; false if there is none in the whole volume.
+    pub(crate) async fn find_domain_number(&self) -> Result<bool> {
+        let _one = self.searching.lock().await;
+        if self.alloc.has_domain() {
+            return Ok(true);
+        }
+        for c in self.candidates().await? {
+            let _ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
+            if self.alloc.has_domain() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The groups that this node does not hold: free ones first, fullest last; nodes start at different places.
+    async fn candidates(&self) -> Result<Vec<Candidate>> {
+        let mut all: Vec<Candidate> = self.survey().await?.into_iter().filter(|c| !self.alloc.has(c.group)).collect();
+        let groups = u64::from(self.layout.groups);
+        let start = u64::from(self.node().slot) * groups / u64::from(self.layout.nodes);
+        all.sort_by_key(|c| (c.taken, c.free == 0, (u64::from(c.group) + groups - start) % groups));
+        Ok(all)
+    }
+
+    /// Reads the lock blocks of all groups.
+    async fn survey(&self) -> Result<Vec<Candidate>> {
+        let layout = self.layout.cluster();
+        let mut out = Vec::new();
+        let per_read = (SURVEY_BYTES / layout.stride) as u32;
+        let mut first = 0;
+        while first < layout.groups {
+            let n = per_read.min(layout.groups - first);
+            let Some(at) = layout.lock_block(LockId::Group(first)) else { break };
+            let len = u64::from(n) * layout.stride;
+            let sectors = self.device.read(IoClass::Lock, at, len as usize).await?;
+            for (i, sector) in sectors.chunks(layout.stride as usize).enumerate() {
+                let group = first + i as u32;
+                let id = LockId::Group(group);
+                let block = LockBlock::decode(sector, layout.volume, id).map_err(|e| FsError::damaged(id, e))?;
+                out.push(Candidate { group, free: block.value.root, taken: block.exclusive_holder().is_some() });
+            }
+            first += n;
+        }
+        Ok(out)
+    }
+
+    pub async fn statfs(&self) -> Result<StatFs> {
+        self.check()?;
+        let held = self.alloc.held();
+        let mine: BTreeSet<u32> = held.iter().map(|(g, _)| *g).collect();
+        let elsewhere: u64 = self.survey().await?.iter().filter(|c| !mine.contains(&c.group)).map(|c| c.free).sum();
+        let free = held.iter().map(|(_, f)| f).sum::<u64>() + elsewhere;
+        let free = free.saturating_sub(self.alloc.reserved());
+        let groups = self.layout.groups;
+        let blocks = (0..groups).map(|g| self.layout.group_extent(g).len).sum();
+        // Inodes cost bytes, not places: as many more as fit into the free blocks, eight to a block.
+        Ok(StatFs { blocks, free, files: blocks * 8, files_free: free * 8, block_size: 4096, name_max: 255 })
+    }
+
+    // ---- frees into groups that others hold --------------------------------------------------------------------
+
+    /// Carries out the frees that wait in a slot's domain.
+    pub(crate) async fn reclaim_slot(&self, domain: u32) -> Result<()> {
+        loop {
+            let mut plan = Plan::write(&[domain], Purpose::Reclaim);
+            let waiting = loop {
+                let mut tx = self.begin(&plan).await?;
+                let r = deferred(&mut tx, domain, 0, FREES_AT_ONCE).await;
+                if let Some(done) = self.finish(tx, r, &mut plan).await? {
+                    break done.value;
+                }
+            };
+            let Some(first) = waiting.first() else { return Ok(()) };
+            let Some(group) = self.layout.group_of(first.start) else {
+                return Err(FsError::damaged(LockId::Domain(domain), "a deferred free outside the groups"));
+            };
+            drop(self.enter(&self.group_hold(group), Mode::Exclusive).await?);
+            let mut plan = Plan::write(&[domain], Purpose::Reclaim);
+            loop {
+                let mut tx = self.begin(&plan).await?;
+                let r = carry_out(&mut tx, domain, group).await;
+                if self.finish(tx, r, &mut plan).await?.is_some() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Deferred frees of this slot, also of its earlier incarnations. What cannot be done now is done by a later mount.
+    pub(crate) async fn clean_own_slot(&self) {
+        if self.read_only {
+            return;
+        }
+        if let Err(e) = self.reclaim_slot(self.own_domain()).await {
+            tracing::warn!(node = %self.node(), "cannot carry out deferred frees: {e}");
+        }
+    }
+}
+
+async fn deferred(tx: &mut Txn<'_>, domain: u32, from: u64, limit: usize) -> Result<Vec<Extent>> {
+    let keys = (Key::new(0, Kind::DeferredFree, from), Key::new(0, Kind::DeferredFree, u64::MAX));
+    let items = tx.scan(domain, keys.0, keys.1, limit).await?;
+    items
+        .into_iter()
+        .map(|(key, value)| {
+            let len = value.as_slice().try_into().map(u64::from_le_bytes);
+            let len = len.map_err(|_| FsError::damaged(LockId::Domain(domain), "a deferred free of the wrong size"))?;
+            Ok(Extent::new(key.offset, len))
+        })
+        .collect()
+}
+
+/// Frees what waits for one group that this node holds now.
+async fn carry_out(tx: &mut Txn<'_>, domain: u32, group: u32) -> Result<()> {
+    if !tx.hold_group(group) {
+        return Err(FsError::NeedGroup(group));
+    }
+    let extent = tx.vol.layout.group_extent(group);
+    for e in deferred(tx, domain, extent.start, FREES_AT_ONCE).await? {
+        if e.start >= extent.end() {
+            break;
+        }
+        tx.del(domain, &Key::new(0, Kind::DeferredFree, e.start)).await?;
+        tx.free_blocks(e).await?;
+    }
+    Ok(())
+}
