@@ -8,6 +8,7 @@
 mod acl;
 pub mod alloc;
 mod background;
+pub mod check;
 mod contents;
 mod domain;
 pub mod error;

@@ -11,7 +11,7 @@
 //! A node is never believed: levels go down by one from [`Root::levels`] (at most [`MAX_LEVELS`]), every node met is
 //! verified against the key bounds its parent gives, so damage gives the store's error, never a panic or a loop.
 
-mod node;
+pub(crate) mod node;
 mod read;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,203 @@
+//! The superblock, the slots, and the lock blocks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use blockdev::{BlockDevice, IoClass};
+use cluster::{LockBlock, LockId, NodeId, SlotBlock, SlotState};
+
+use super::reader::Reader;
+use super::report::{Progress, Report};
+use super::{CheckError, Notify, Options, lock_text};
+use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
+use crate::format::superblock::{Superblock, SuperblockError};
+
+/// Blocks of lock blocks in memory at once: 16 MiB.
+const LOCK_BLOCKS: usize = 4096;
+
+/// Reads the superblock, or its copy if that is the good one, and compares the two.
+pub(super) async fn superblock(dev: &Arc<dyn BlockDevice>, report: &mut Report) -> Result<Superblock, CheckError> {
+    let size = dev.geometry().size;
+    if size < 2 * BLOCK {
+        return Err(CheckError::TooSmall { size });
+    }
+    let first = dev.read(IoClass::Meta, 0, BLOCK as usize).await?;
+    let sb = match Superblock::decode(&first) {
+        Ok(sb) => sb,
+        // Not ours to guess about.
+        Err(e @ SuperblockError::Newer { .. }) => return Err(e.into()),
+        Err(e) => {
+            // The copy is in the volume's last block, which is the device's unless that is larger.
+            let copy = dev.read(IoClass::Meta, (size / BLOCK - 1) * BLOCK, BLOCK as usize).await?;
+            let Ok(sb) = Superblock::decode(&copy) else { return Err(e.into()) };
+            report.violation("superblock, block 0", format!("{e}; its copy in block {} is used", size / BLOCK - 1));
+            return Ok(sb);
+        }
+    };
+    let copy_at = sb.layout().backup_superblock();
+    let place = format!("copy of the superblock, block {copy_at}");
+    if size / BLOCK >= sb.blocks {
+        match dev.read(IoClass::Meta, copy_at * BLOCK, BLOCK as usize).await {
+            Ok(copy) => match Superblock::decode(&copy) {
+                Ok(c) if c == sb => {}
+                Ok(_) => report.violation(place, "differs from the superblock"),
+                Err(SuperblockError::Absent) => report.violation(place, "is not there"),
+                Err(e) => report.violation(place, e),
+            },
+            Err(e) => report.violation(place, e),
+        }
+    }
+    Ok(sb)
+}
+
+/// What is known of the slots.
+pub(super) struct Slots {
+    /// Slots whose block is readable.
+    pub blocks: BTreeMap<u16, SlotBlock>,
+    /// Nodes that died and were not recovered.
+    pub dead: Vec<NodeId>,
+}
+
+/// Reads the slot blocks. Refuses a volume that a node has mounted.
+pub(super) async fn slots(r: &Reader, sb: &Superblock, report: &mut Report) -> Result<Slots, CheckError> {
+    let layout = sb.layout().cluster();
+    let watch = sb.timeouts.dead_after();
+    let infos = match cluster::read_slots(r.dev.as_ref(), &layout, watch).await {
+        Ok(i) => i,
+        Err(cluster::ClusterError::Device(e)) => return Err(e.into()),
+        Err(e) => {
+            report.violation("slot blocks", e);
+            Vec::new()
+        }
+    };
+    let mut slots = Slots { blocks: BTreeMap::new(), dead: Vec::new() };
+    for info in infos {
+        let block = match info.block {
+            Ok(b) => b,
+            Err(e) => {
+                report.violation(format!("slot {}", info.slot), e);
+                continue;
+            }
+        };
+        if info.alive == Some(true) {
+            let host = match block.host_name.is_empty() {
+                true => "a host without a name".into(),
+                false => block.host_name.clone(),
+            };
+            return Err(CheckError::Mounted { slot: info.slot, host });
+        }
+        if block.state != SlotState::Free {
+            let dead = NodeId { slot: block.slot, incarnation: block.incarnation };
+            report.note(format!(
+                "{dead} on {} ended without unmounting: what its journal holds is not seen here, so mount the volume once and check again",
+                block.host_name.escape_debug()
+            ));
+            slots.dead.push(dead);
+        }
+        slots.blocks.insert(info.slot, block);
+    }
+    Ok(slots)
+}
+
+/// A slot's own domain may never have been used; every other domain in use has a header.
+pub(super) fn may_be_empty(layout: &VolumeLayout, domain: u32) -> bool {
+    (FIRST_SLOT_DOMAIN..FIRST_SLOT_DOMAIN + u32::from(layout.nodes)).contains(&domain)
+}
+
+/// Reads the lock blocks; returns the domains in use that have a header block, with its number, ascending.
+pub(super) async fn locks(
+    r: &Reader,
+    layout: &VolumeLayout,
+    slots: &Slots,
+    options: Options,
+    used: &BTreeSet<u32>,
+    report: &mut Report,
+    tell: Notify<'_>,
+) -> Vec<(u32, u64)> {
+    let areas = layout.cluster();
+    let stride = areas.stride as usize;
+    let per_block = BLOCK as usize / stride;
+    let first_lock = areas.locks / BLOCK;
+    let groups = layout.groups;
+    let id = |index: u64| match u32::try_from(index) {
+        Ok(i) if i < groups => Some(LockId::Group(i)),
+        Ok(i) if i - groups < layout.domains => Some(LockId::Domain(i - groups)),
+        _ => None,
+    };
+    let index = |d: &u32| u64::from(groups) + u64::from(*d);
+    let wanted: Vec<u64> = if options.unused_locks {
+        (0..u64::from(groups) + u64::from(layout.domains)).collect()
+    } else {
+        (0..u64::from(groups)).chain(used.iter().map(index)).collect()
+    };
+    let mut headers = Vec::new();
+    let mut done = 0;
+    for chunk in wanted.chunks(LOCK_BLOCKS * per_block) {
+        tell(Progress { phase: "locks", done, total: wanted.len() as u64 });
+        done += chunk.len() as u64;
+        let block_of = |i: &u64| first_lock + i / per_block as u64;
+        let blocks = r.many(&chunk.iter().map(block_of).collect::<Vec<_>>()).await;
+        for i in chunk {
+            let Some(id) = id(*i) else { continue };
+            let at = areas.locks + i * areas.stride;
+            let place = lock_text(id, at);
+            let in_use = match id {
+                LockId::Domain(d) => used.contains(&d),
+                LockId::Group(_) => true,
+            };
+            let from = (*i as usize % per_block) * stride;
+            let sector = match blocks.get(&block_of(i)) {
+                Some(Ok(b)) => b.get(from..from + stride).unwrap_or(&[]),
+                Some(Err(e)) => {
+                    report.violation(place, e);
+                    continue;
+                }
+                None => continue,
+            };
+            let optional = match id {
+                LockId::Domain(d) => !in_use || may_be_empty(layout, d),
+                LockId::Group(_) => false,
+            };
+            if optional && sector.iter().all(|b| *b == 0) {
+                continue;
+            }
+            let block = match LockBlock::decode(sector, areas.volume, id) {
+                Ok(b) => b,
+                Err(e) => {
+                    report.violation(place, e);
+                    continue;
+                }
+            };
+            holders(&block, slots, layout.nodes, &place, report);
+            if let LockId::Domain(d) = id
+                && in_use
+            {
+                match block.value.root {
+                    0 if may_be_empty(layout, d) => {}
+                    0 => report.violation(place, "the domain is in use, but has no header block"),
+                    root => headers.push((d, root)),
+                }
+            }
+        }
+    }
+    headers
+}
+
+/// Nobody can hold a lock in a life that its slot has not had.
+fn holders(block: &LockBlock, slots: &Slots, nodes: u16, place: &str, report: &mut Report) {
+    for (slot, e) in &block.entries {
+        if *slot >= nodes {
+            report.violation(place, format!("names slot {slot}: the volume has {nodes}"));
+            continue;
+        }
+        let Some(s) = slots.blocks.get(slot) else { continue };
+        let latest = match s.state {
+            SlotState::Adopting { next } => next,
+            _ => s.incarnation,
+        };
+        if e.incarnation > latest {
+            let text = format!("names node {slot}.{}: that slot has only had {latest} lives", e.incarnation);
+            report.violation(place, text);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Checks a volume that no node has mounted: everything that an offline volume can show. Nothing is written.
+//!
+//! What is checked, in this order:
+//! - the superblock and its copy; slot blocks; that no node lives;
+//! - headers and domain bitmaps of the allocation groups; lock blocks of all groups and of all domains in use;
+//! - every domain's header and tree: checksums, owners, order and bounds of keys, counts;
+//! - every item: inodes, contents, extended attributes, names, orphans, deferred frees;
+//! - links: names against inodes, across domains; that every directory hangs from the root, once;
+//! - space: every block is referred to once, and the bitmaps say so.
+//!
+//! Memory: one bit per block of the groups in use, the inodes and names of [`trees::DOMAINS`] domains, and of all
+//! domains only the names whose inodes are elsewhere and the directories. A volume can be any garbage: sizes are taken from
+//! what was verified and from the device, work is bounded by the number of blocks.
+
+mod domain;
+mod links;
+mod members;
+mod reader;
+mod report;
+mod space;
+#[cfg(test)]
+mod tests;
+mod trees;
+
+use std::sync::Arc;
+
+use blockdev::{BlockDevice, DevError};
+use cluster::{LockId, Slot};
+
+pub use report::{MAX_VIOLATIONS, Progress, Report, Violation};
+
+use crate::format::superblock::SuperblockError;
+use domain::Shared;
+use links::Links;
+use reader::Reader;
+use space::Space;
+
+/// Why a volume could not be checked at all.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CheckError {
+    #[error(transparent)]
+    Device(#[from] DevError),
+    #[error(transparent)]
+    Superblock(#[from] SuperblockError),
+    #[error("the device has {size} bytes: too small for a volume")]
+    TooSmall { size: u64 },
+    #[error("the volume is mounted by {host} (slot {slot}): unmount it there first")]
+    Mounted { slot: Slot, host: String },
+}
+
+/// How to check.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Look also at lock blocks of domain numbers that are not in use.
+    pub unused_locks: bool,
+}
+
+/// Called now and then with what the check is doing.
+pub type Notify<'a> = &'a (dyn Fn(Progress) + Sync);
+
+/// Checks a volume. `Ok` with violations means that it is damaged, `Err` that it could not be checked.
+pub async fn check(dev: &Arc<dyn BlockDevice>, progress: Option<Notify<'_>>) -> Result<Report, CheckError> {
+    check_with(dev, Options::default(), progress).await
+}
+
+/// As [`check`], with options.
+pub async fn check_with(
+    dev: &Arc<dyn BlockDevice>,
+    options: Options,
+    progress: Option<Notify<'_>>,
+) -> Result<Report, CheckError> {
+    let tell: Notify<'_> = progress.unwrap_or(&|_| ());
+    let mut report = Report::default();
+    let sb = members::superblock(dev, &mut report).await?;
+    report.label = sb.label.clone();
+    let layout = sb.layout();
+    if dev.geometry().size / crate::format::layout::BLOCK < sb.blocks {
+        report.violation(
+            "device",
+            format!(
+                "has {} bytes, the volume needs {} blocks of 4096: it was truncated",
+                dev.geometry().size,
+                sb.blocks
+            ),
+        );
+        report.note("nothing else was checked");
+        return Ok(report);
+    }
+    let reader =
+        Reader { dev: dev.clone(), volume: layout.volume, blocks: layout.blocks, replayed: Default::default() };
+    let slots = members::slots(&reader, &sb, &mut report).await?;
+
+    let mut space = Space::new(layout);
+    space.read_headers(&reader, &mut report, tell).await;
+    let mut links = Links::default();
+    for g in (0..layout.groups).filter(|g| !space.has_header(*g)) {
+        report.note(format!("domains of group {g} are not checked"));
+        links.broken.extend(layout.group_domains(g));
+    }
+    let headers = members::locks(&reader, &layout, &slots, options, &space.domains, &mut report, tell).await;
+    for d in &space.domains {
+        if headers.binary_search_by_key(d, |h| h.0).is_err() && !members::may_be_empty(&layout, *d) {
+            links.broken.insert(*d);
+        }
+    }
+    let mut done = 0;
+    for chunk in headers.chunks(trees::DOMAINS) {
+        tell(Progress { phase: "domains", done, total: headers.len() as u64 });
+        let mut shared = Shared { space: &mut space, links: &mut links, report: &mut report };
+        trees::check(&reader, chunk, layout.nodes, &mut shared).await;
+        done += chunk.len() as u64;
+    }
+    tell(Progress { phase: "links", done: 0, total: 1 });
+    let complete = links.broken.is_empty();
+    links.finish(&reader, &headers, &mut report).await;
+    space.compare(&reader, complete, &mut report, tell).await;
+    if report.orphans > 0 {
+        report.note(format!("{} unlinked files wait to be freed", report.orphans));
+    }
+    Ok(report)
+}
+
+/// Where a lock's block lies, for messages.
+fn lock_text(id: LockId, at: u64) -> String {
+    format!("lock block of {id} at byte {at}")
+}
