@@ -89,7 +89,7 @@ pub(super) async fn slots(r: &Reader, sb: &Superblock, report: &mut Report) -> R
         if block.state != SlotState::Free {
             let dead = NodeId { slot: block.slot, incarnation: block.incarnation };
             report.note(format!(
-                "{dead} on {} ended without unmounting: what its journal holds is not seen here, so mount the volume once and check again",
+                "{dead} on {} ended without unmounting: the volume is checked as it will be once its journal is replayed",
                 block.host_name.escape_debug()
             ));
             slots.dead.push(dead);

@@ -251,6 +251,16 @@ fn damaged_blocks_are_named() {
     raw("copy", |i| i.sb.layout().backup_superblock() * 4096 + 50, "copy of the superblock");
     raw("group header", |i| layout(i).group_header(0) * 4096 + 100, "group 0, header in block");
     raw("bitmap", |i| layout(i).group_bitmap(0, 0) * 4096 + 100, "group 0, bitmap in block");
+    run(async {
+        let image = Image::healthy();
+        let disk = image.render().await;
+        let region = image.sb.layout().journal(1);
+        disk.write_raw(region.offset, &[0; 8192]);
+        let dev: Arc<dyn BlockDevice> = disk.open_raw();
+        let r = check(&dev, None).await.unwrap();
+        assert_eq!(r.violations.len(), 1, "{:?}", r.violations);
+        assert_eq!(r.violations[0].place, "journal of slot 1");
+    });
     raw("slot", |i| layout(i).cluster().slot_block(1) + 20, "slot 1");
     raw("group lock", |i| layout(i).cluster().lock_block(LockId::Group(0)).unwrap() + 20, "lock block of group 0");
     raw("domain lock", |i| layout(i).cluster().lock_block(LockId::Domain(BOX)).unwrap() + 20, "lock block of domain 4");
@@ -285,6 +295,39 @@ fn a_mounted_volume_is_refused_and_a_dead_node_is_not() {
         owner.unregister().await.unwrap();
         let r = check(&dev, None).await.unwrap();
         assert!(r.notes.iter().any(|n| n.contains("node 0.1 on mail1")), "{:?}", r.notes);
+    });
+}
+
+/// A node died with a change in its journal that makes the volume whole.
+async fn crashed(lock_held: bool) -> Report {
+    let healthy = Image::healthy();
+    let mut image = Image::healthy();
+    image.header(BOX).inodes = 99;
+    image.slot_state = SlotState::Live;
+    image.lock_holder = lock_held.then_some((0, 1));
+    let at = image.header_block(BOX);
+    let good = healthy.render().await.read_raw(at * 4096, 4096);
+    let disk = image.render().await;
+    let dev: Arc<dyn BlockDevice> = disk.open_raw();
+    let region = image.sb.layout().journal(0);
+    let journal =
+        journal::Journal::open(dev.clone(), region, cluster::NodeId { slot: 0, incarnation: 1 }).await.unwrap();
+    let new = Arc::new(journal::Block::copy_of(&good));
+    let change = journal::Change { block: at, lock: LockId::Domain(BOX), tenure: 1, new, old: None };
+    journal.install(journal::Install { changes: vec![change], ..Default::default() });
+    journal.commit().await.unwrap();
+    check(&dev, None).await.unwrap()
+}
+
+#[test]
+fn a_dead_nodes_journal_is_seen_as_replayed() {
+    run(async {
+        let r = crashed(true).await;
+        assert_eq!(r.violations, []);
+        assert!(r.notes.iter().any(|n| n.contains("1 records to replay, 1 blocks differ")), "{:?}", r.notes);
+        // A change made under a lock that is not held any more is not replayed (I5).
+        let r = crashed(false).await;
+        assert!(r.violations.iter().any(|v| v.text.contains("counts 99 inodes")), "{:?}", r.violations);
     });
 }
 

@@ -68,7 +68,7 @@ fn block(kind: BlockKind, owner: LockId, number: u64) -> Block {
 }
 
 fn put(disk: &SimDisk, number: u64, mut b: Block) {
-    seal(&mut b, 1, 1);
+    seal(&mut b, 0, 1);
     disk.write_raw(number * 4096, &b);
 }
 
@@ -254,6 +254,8 @@ impl Image {
         let c = l.cluster();
         for s in 0..self.sb.nodes {
             disk.write_raw(c.slot_block(s), &initial_slot_block(&c, s));
+            let region = l.journal(s);
+            disk.write_raw(region.offset, &journal::initial_header(region));
         }
         let mut slot = cluster::SlotBlock::decode(&initial_slot_block(&c, 0), c.volume, 0).unwrap();
         slot.incarnation = 1;
@@ -297,6 +299,7 @@ impl Image {
             let mut lock = LockBlock::unheld(c.volume, id, LockValue { root, next_local: 0 });
             if let Some((slot, incarnation)) = self.lock_holder.filter(|_| d == BOX) {
                 let held = Some(Mode::Exclusive);
+                lock.tenure = 1;
                 lock.entries.insert(slot, Entry { incarnation, held, wanted: None, ticket: 0, open: false });
             }
             disk.write_raw(c.lock_block(id).unwrap(), &lock.encode(c.stride));
