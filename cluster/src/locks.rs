@@ -266,7 +266,11 @@ impl Shared {
     async fn ask(self: &Arc<Self>, id: LockId, mode: Mode, op: &tokio::sync::Mutex<()>, first: bool) -> Result<Asked> {
         let _op = op.lock().await;
         self.live()?;
-        let known = self.with_local(id, |l| l.block.clone().filter(|_| first && l.held.is_some() && !l.stale));
+        let known = self.with_local(id, |l| {
+            // Abandoned from here on, the request may be on disk all the same.
+            l.absent = false;
+            l.block.clone().filter(|_| first && l.held.is_some() && !l.stale)
+        });
         let block = match known {
             Some(block) => block,
             None => self.read_block(id).await?,
@@ -275,14 +279,30 @@ impl Shared {
             Some(_) => block,
             None => self.apply(id, block, Event::Request(mode)).await?,
         };
+        // An earlier wait was abandoned and served: held on disk but unknown here, it would stop those ahead of us.
+        let known = self.with_local(id, |l| l.held.as_ref().map(|h| h.grant.mode));
+        let block = match block.held_by(self.me) {
+            Some(held) if held < mode && Some(held) > known => {
+                self.stats.unwanted.one();
+                let open = self.with_local(id, |l| l.open);
+                self.apply(id, block, Event::Release { to: known, value: None, open, cleaned: false }).await?
+            }
+            _ => block,
+        };
         match block.grant(self.me).filter(|g| g.mode >= mode) {
             Some(grant) => self.granted(id, block, grant).map(Asked::Granted),
             None => {
-                self.with_local(id, |l| {
+                let wanted = wanted_from(&block, self.me, &self.table.lock());
+                let held = self.with_local(id, |l| {
                     l.block = Some(block.clone());
                     l.stale = false;
                     l.absent = false;
+                    l.held.is_some()
                 });
+                // An upgrade behind somebody who may have stopped asking: what we hold is in its way.
+                if let (true, Some(wanted)) = (held, wanted) {
+                    self.demanded(id, wanted);
+                }
                 Ok(Asked::Waits(block))
             }
         }
@@ -346,6 +366,7 @@ impl Shared {
         let op = self.with_local(id, |l| l.op.clone());
         {
             let _op = op.lock().await;
+            self.with_local(id, |l| l.absent = false);
             let mut sector = self.read_sector(offset).await?;
             let mut misses = 0;
             while LockBlock::decode(&sector, self.layout.volume, id).is_err() {

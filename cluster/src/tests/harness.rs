@@ -181,7 +181,6 @@ pub struct Peer {
     pub dev: Arc<SimNode>,
     pub port: Option<Arc<SimPort>>,
     pub client: Arc<Client>,
-    pub recoverer: Arc<TestRecoverer>,
     oracle: Arc<Oracle>,
 }
 
@@ -195,6 +194,11 @@ impl Peer {
         let grant = self.node.acquire(id, mode).await.unwrap();
         self.oracle.take(self.id(), id, grant);
         grant
+    }
+
+    /// Tells the oracle of a grant.
+    pub fn take_granted(&self, id: LockId, grant: Grant) {
+        self.oracle.take(self.id(), id, grant);
     }
 
     pub async fn give(&self, id: LockId, to: Option<Mode>) {
@@ -315,7 +319,7 @@ impl World {
             pins: Arc::default(),
         });
         node.start(client.clone());
-        Ok(Peer { node, dev, port, client, recoverer, oracle: self.oracle.clone() })
+        Ok(Peer { node, dev, port, client, oracle: self.oracle.clone() })
     }
 
     pub fn slot(&self, slot: Slot) -> SlotBlock {

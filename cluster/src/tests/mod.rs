@@ -1,4 +1,8 @@
 //! Scenarios with several nodes on a simulated device and a paused clock.
 
+mod contention;
 mod harness;
 mod locking;
+mod membership;
+mod takeover;
+mod transitions;
