@@ -38,7 +38,7 @@ pub struct Args {
     /// Repair everything. Not in this version.
     #[arg(short = 'y')]
     pub yes: bool,
-    /// Check also what is not in use: lock blocks of unused domain numbers.
+    /// Read also the contents of all files, to find sectors that the device cannot give back.
     #[arg(short = 'f')]
     pub full: bool,
     /// Print the version.
@@ -90,7 +90,7 @@ pub async fn open(path: &Path) -> Result<Arc<dyn BlockDevice>, FsckError> {
 /// Checks a device.
 pub async fn run(args: &Args, progress: Option<&(dyn Fn(Progress) + Sync)>) -> Result<Report, FsckError> {
     let dev = open(&args.device).await?;
-    Ok(check_with(&dev, Options { unused_locks: args.full }, progress).await?)
+    Ok(check_with(&dev, Options { read_contents: args.full }, progress).await?)
 }
 
 /// Prints the findings, one per line, and a summary.

@@ -8,7 +8,7 @@ use cluster::{LockBlock, LockId, NodeId, SlotBlock, SlotState};
 
 use super::reader::Reader;
 use super::report::{Progress, Report};
-use super::{CheckError, Notify, Options, lock_text};
+use super::{CheckError, Notify, lock_text};
 use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
 use crate::format::superblock::{Superblock, SuperblockError};
 
@@ -109,7 +109,6 @@ pub(super) async fn locks(
     r: &Reader,
     layout: &VolumeLayout,
     slots: &Slots,
-    options: Options,
     used: &BTreeSet<u32>,
     report: &mut Report,
     tell: Notify<'_>,
@@ -125,11 +124,7 @@ pub(super) async fn locks(
         _ => None,
     };
     let index = |d: &u32| u64::from(groups) + u64::from(*d);
-    let wanted: Vec<u64> = if options.unused_locks {
-        (0..u64::from(groups) + u64::from(layout.domains)).collect()
-    } else {
-        (0..u64::from(groups)).chain(used.iter().map(index)).collect()
-    };
+    let wanted: Vec<u64> = (0..u64::from(groups)).chain(used.iter().map(index)).collect();
     let mut headers = Vec::new();
     let mut done = 0;
     for chunk in wanted.chunks(LOCK_BLOCKS * per_block) {
@@ -141,10 +136,6 @@ pub(super) async fn locks(
             let Some(id) = id(*i) else { continue };
             let at = areas.locks + i * areas.stride;
             let place = lock_text(id, at);
-            let in_use = match id {
-                LockId::Domain(d) => used.contains(&d),
-                LockId::Group(_) => true,
-            };
             let from = (*i as usize % per_block) * stride;
             let sector = match blocks.get(&block_of(i)) {
                 Some(Ok(b)) => b.get(from..from + stride).unwrap_or(&[]),
@@ -154,10 +145,8 @@ pub(super) async fn locks(
                 }
                 None => continue,
             };
-            let optional = match id {
-                LockId::Domain(d) => !in_use || may_be_empty(layout, d),
-                LockId::Group(_) => false,
-            };
+            // The lock block of a domain is set up when it is first used.
+            let optional = matches!(id, LockId::Domain(d) if may_be_empty(layout, d));
             if optional && sector.iter().all(|b| *b == 0) {
                 continue;
             }
@@ -169,9 +158,7 @@ pub(super) async fn locks(
                 }
             };
             holders(&block, slots, layout.nodes, &place, report);
-            if let LockId::Domain(d) = id
-                && in_use
-            {
+            if let LockId::Domain(d) = id {
                 match block.value.root {
                     0 if may_be_empty(layout, d) => {}
                     0 => report.violation(place, "the domain is in use, but has no header block"),

@@ -53,8 +53,8 @@ pub enum CheckError {
 /// How to check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Look also at lock blocks of domain numbers that are not in use.
-    pub unused_locks: bool,
+    /// Read also the contents of all files, to find sectors that the device cannot give back.
+    pub read_contents: bool,
 }
 
 /// Called now and then with what the check is doing.
@@ -102,7 +102,7 @@ pub async fn check_with(
         report.note(format!("domains of group {g} are not checked"));
         links.broken.extend(layout.group_domains(g));
     }
-    let headers = members::locks(&reader, &layout, &slots, options, &space.domains, &mut report, tell).await;
+    let headers = members::locks(&reader, &layout, &slots, &space.domains, &mut report, tell).await;
     for d in &space.domains {
         if headers.binary_search_by_key(d, |h| h.0).is_err() && !members::may_be_empty(&layout, *d) {
             links.broken.insert(*d);
@@ -118,6 +118,9 @@ pub async fn check_with(
     tell(Progress { phase: "links", done: 0, total: 1 });
     let complete = links.broken.is_empty();
     links.finish(&reader, &headers, &mut report).await;
+    if options.read_contents {
+        space.read_claimed(&reader, &mut report, tell).await;
+    }
     space.compare(&reader, complete, &mut report, tell).await;
     if report.orphans > 0 {
         report.note(format!("{} unlinked files wait to be freed", report.orphans));

@@ -65,6 +65,27 @@ impl Reader {
         out
     }
 
+    /// Reads a run of blocks only to see whether they can be read; names those that cannot.
+    pub async fn unreadable(&self, first: u64, len: u64, bad: &mut (dyn FnMut(u64, String) + Send)) {
+        let mut pieces = JoinSet::new();
+        let mut at = first;
+        while at < first + len || !pieces.is_empty() {
+            if at < first + len && pieces.len() < READS_IN_FLIGHT {
+                let n = MAX_READ_BLOCKS.min(first + len - at);
+                pieces.spawn(read_run(self.dev.clone(), (at..at + n).collect()));
+                at += n;
+                continue;
+            }
+            if let Some(Ok(read)) = pieces.join_next().await {
+                for (block, r) in read {
+                    if let Err(e) = r {
+                        bad(block, e);
+                    }
+                }
+            }
+        }
+    }
+
     pub async fn one(&self, number: u64) -> Read {
         self.many(&[number]).await.remove(&number).unwrap_or_else(|| Err("could not be read".into()))
     }

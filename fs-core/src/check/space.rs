@@ -158,6 +158,24 @@ impl Space {
         self.domains.remove(&0);
     }
 
+    /// Reads everything that is referred to, file contents included, and reports what the device cannot give back.
+    pub async fn read_claimed(&self, r: &Reader, report: &mut Report, tell: Notify<'_>) {
+        let total: u64 = self.claims.values().flat_map(|w| w.iter()).map(|w| u64::from(w.count_ones())).sum();
+        let mut done = 0;
+        for (g, words) in &self.claims {
+            let start = self.layout.group_extent(*g).start;
+            let mut runs = Runs::default();
+            for (i, w) in words.iter().enumerate() {
+                runs.add(start + 64 * i as u64, *w);
+            }
+            for (first, len) in runs.0 {
+                tell(Progress { phase: "contents", done, total });
+                done += len;
+                r.unreadable(first, len, &mut |block, why| report.violation(format!("block {block}"), why)).await;
+            }
+        }
+    }
+
     /// Compares every group's bitmap with what was claimed. With `complete` false, parts of trees could not be read, so
     /// blocks that seem to belong to nothing may belong to those.
     pub async fn compare(&mut self, r: &Reader, complete: bool, report: &mut Report, tell: Notify<'_>) {

@@ -18,7 +18,7 @@ use image::{BOX, BOX_FILES, Image, run};
 
 async fn check_image(image: &Image) -> Report {
     let dev: Arc<dyn BlockDevice> = image.render().await.open_raw();
-    check_with(&dev, Options { unused_locks: true }, None).await.unwrap()
+    check_with(&dev, Options { read_contents: true }, None).await.unwrap()
 }
 
 #[test]
@@ -266,6 +266,21 @@ fn damaged_blocks_are_named() {
     raw("domain lock", |i| layout(i).cluster().lock_block(LockId::Domain(BOX)).unwrap() + 20, "lock block of domain 4");
     raw("domain header", |i| i.header_block(BOX) * 4096 + 70, "domain 4, header in block");
     raw("tree node", |i| i.first_node() * 4096 + 4000, "tree of domain 1: checksum");
+}
+
+#[test]
+fn unreadable_contents_are_named_if_asked_for() {
+    run(async {
+        let image = Image::healthy();
+        let disk = image.render().await;
+        let (bad, _) = image.file_extent;
+        disk.fail_reads((bad + 1) * 4096..(bad + 2) * 4096);
+        let dev: Arc<dyn BlockDevice> = disk.open("fsck");
+        assert!(check(&dev, None).await.unwrap().is_clean());
+        let r = check_with(&dev, Options { read_contents: true }, None).await.unwrap();
+        assert_eq!(r.violations.len(), 1, "{:?}", r.violations);
+        assert_eq!(r.violations[0].place, format!("block {}", bad + 1));
+    });
 }
 
 #[test]
