@@ -49,6 +49,8 @@ pub(crate) struct Local {
 
 pub(crate) struct Held {
     pub grant: Grant,
+    /// The crashes that the grant told of.
+    pub crashes: u8,
     pub since: Instant,
     /// What the client was last asked for, and when.
     pub demanded: Option<(Mode, Instant)>,
@@ -193,7 +195,7 @@ impl Shared {
         self.live()?;
         let wanted = wanted_from(&block, self.me, &self.table.lock());
         let early = self.with_local(id, |l| {
-            l.held = Some(Held { grant, since: Instant::now(), demanded: None });
+            l.held = Some(Held { grant, crashes: block.crashes, since: Instant::now(), demanded: None });
             l.block = Some(block);
             l.absent = false;
             l.open = false;
@@ -285,7 +287,7 @@ impl Shared {
             Some(held) if held < mode && Some(held) > known => {
                 self.stats.unwanted.one();
                 let open = self.with_local(id, |l| l.open);
-                self.apply(id, block, Event::Release { to: known, value: None, open, cleaned: false }).await?
+                self.apply(id, block, Event::Release { to: known, value: None, open, cleaned: 0 }).await?
             }
             _ => block,
         };
@@ -318,7 +320,7 @@ impl Shared {
             if to == Some(held.grant.mode) {
                 return None;
             }
-            let event = Event::Release { to, value: how.value, open: how.open, cleaned: true };
+            let event = Event::Release { to, value: how.value, open: how.open, cleaned: held.crashes };
             match to {
                 Some(to) => {
                     held.grant.mode = to;
@@ -442,7 +444,7 @@ impl Shared {
         tracing::debug!(node = %self.me, "{id}: giving up what nobody here wants any more");
         self.stats.unwanted.one();
         // Nobody here looked for leftovers of a crash.
-        let block = self.apply(id, block, Event::Release { to: held, value: None, open, cleaned: false }).await?;
+        let block = self.apply(id, block, Event::Release { to: held, value: None, open, cleaned: 0 }).await?;
         let block = self.apply(id, block, Event::Cancel).await?;
         let wanted = wanted_from(&block, self.me, &self.table.lock());
         self.with_local(id, |l| {

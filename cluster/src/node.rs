@@ -73,7 +73,13 @@ impl Shared {
 
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock();
-        while tasks.try_join_next().is_some() {}
+        while let Some(ended) = tasks.try_join_next() {
+            if let Err(e) = ended
+                && e.is_panic()
+            {
+                tracing::error!(node = %self.me, "a task of the cluster layer failed: {e}");
+            }
+        }
         tasks.spawn(task);
     }
 

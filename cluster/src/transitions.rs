@@ -15,8 +15,9 @@ use crate::{LockValue, Mode, NodeId, Slot};
 pub enum Event {
     /// Hold it in this mode, or wait for it. Keeps an earlier ticket.
     Request(Mode),
-    /// Lower to `to`, or give up. `cleaned`: the holder was told of a crash before it and has seen to the leftovers.
-    Release { to: Option<Mode>, value: Option<LockValue>, open: bool, cleaned: bool },
+    /// Lower to `to`, or give up. `cleaned`: the number of crashes that the holder was told of and saw to; those that
+    /// became known later are left to the next one.
+    Release { to: Option<Mode>, value: Option<LockValue>, open: bool, cleaned: u8 },
     /// Wait no longer.
     Cancel,
     /// Take back that files are open.
@@ -54,6 +55,7 @@ pub fn step(
 ) -> Result<Option<Change>, Superseded> {
     let mut b = block.clone();
     purge(&mut b, table);
+    let fresh_crashes = b.crashes - block.crashes;
     let old = b.entries.get(&me.slot).copied();
     if old.is_some_and(|e| e.incarnation > me.incarnation) || table.ended(me) {
         return Err(Superseded);
@@ -72,7 +74,7 @@ pub fn step(
         Event::Release { to, value, open, cleaned } => {
             if e.held == Some(Mode::Exclusive) && to != Some(Mode::Exclusive) {
                 b.value = value.unwrap_or(b.value);
-                b.crashed &= !cleaned;
+                b.crashes = if cleaned >= b.crashes - fresh_crashes { fresh_crashes } else { b.crashes };
             }
             if e.held.is_some() {
                 e.held = e.held.min(to);
@@ -121,15 +123,16 @@ pub fn first(volume: u64, id: crate::LockId, me: NodeId, root: u64, nonce: u64) 
 
 /// Ending an incarnation freed its locks; here its entries go.
 fn purge(b: &mut LockBlock, table: &SlotTable) {
-    let mut leftovers = false;
+    let mut crashes = b.crashes;
     b.entries.retain(|slot, e| {
         let life = table.life(NodeId { slot: *slot, incarnation: e.incarnation });
-        leftovers |= life == Life::EndedCrash && e.held == Some(Mode::Exclusive);
+        let died = life == Life::EndedCrash && e.held == Some(Mode::Exclusive);
         // Orphans that it kept open are nobody's now, however it ended.
-        leftovers |= life != Life::Current && e.open;
+        let orphans = life != Life::Current && e.open;
+        crashes = crashes.saturating_add(u8::from(died || orphans));
         life == Life::Current
     });
-    b.crashed |= leftovers;
+    b.crashes = crashes;
 }
 
 /// Waiters in the order in which they are served.

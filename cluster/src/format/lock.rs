@@ -27,7 +27,7 @@ pub struct Entry {
 ///   0  4  magic "CLKB"
 ///   4  1  version
 ///   5  1  kind: 0 domain, 1 group
-///   6  1  1 if an exclusive holder died since an exclusive holder last gave the lock up in order
+///   6  1  crashes: how often leftovers may have come about (see the field), up to 255
 ///   7  1  zero
 ///   8  8  volume
 ///  16  4  number of the domain or group
@@ -53,9 +53,9 @@ pub struct LockBlock {
     pub previous_tenure: Tenure,
     pub nonce: u64,
     pub value: LockValue,
-    /// An exclusive holder died, or a node that had files open ended, since an exclusive holder last gave the lock up in
-    /// order: there may be leftovers.
-    pub crashed: bool,
+    /// How often an exclusive holder died, or a node that had files open ended, since an exclusive holder that knew of
+    /// all of them last gave the lock up in order: if not 0 there may be leftovers.
+    pub crashes: u8,
     /// Only slots with a part in the lock.
     pub entries: BTreeMap<Slot, Entry>,
 }
@@ -71,7 +71,7 @@ impl LockBlock {
             previous_tenure: 0,
             nonce: 0,
             value,
-            crashed: false,
+            crashes: 0,
             entries: BTreeMap::new(),
         }
     }
@@ -80,7 +80,7 @@ impl LockBlock {
         let mut r = begin(MAGIC, self.volume);
         let (kind, number) = kind_of(self.id);
         r[5] = kind;
-        r[6] = u8::from(self.crashed);
+        r[6] = self.crashes;
         put(&mut r, 16, &number.to_le_bytes());
         put(&mut r, 24, &self.seq.to_le_bytes());
         put(&mut r, 32, &self.tenure.to_le_bytes());
@@ -126,7 +126,7 @@ impl LockBlock {
             previous_tenure: u64_at(&r, 40),
             nonce: u64_at(&r, 48),
             value: LockValue { root: u64_at(&r, 56), next_local: u64_at(&r, 64) },
-            crashed: r[6] != 0,
+            crashes: r[6],
             entries,
         };
         block.check().map_err(FormatError::Invalid)?;
@@ -189,7 +189,7 @@ impl LockBlock {
             tenure: self.tenure,
             value: self.value,
             open_elsewhere: self.entries.iter().any(|(slot, e)| *slot != node.slot && e.open),
-            after_crash: self.crashed,
+            after_crash: self.crashes != 0,
         })
     }
 }
@@ -214,7 +214,7 @@ mod tests {
             previous_tenure: 12,
             nonce: 0x99,
             value: LockValue { root: 0x41, next_local: 0x42 },
-            crashed: true,
+            crashes: 2,
             entries: BTreeMap::from([
                 (1, shared),
                 (63, Entry { incarnation: 9, held: None, wanted: None, ticket: 0, open: true }),
@@ -225,7 +225,7 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let b = sample().encode(512);
-        assert_eq!(&b[..24], b"CLKB\x01\x01\x01\x00\x07\0\0\0\0\0\0\0\x03\x02\0\0\0\0\0\0");
+        assert_eq!(&b[..24], b"CLKB\x01\x01\x02\x00\x07\0\0\0\0\0\0\0\x03\x02\0\0\0\0\0\0");
         let words: Vec<u64> = b[24..72].chunks(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect();
         assert_eq!(words, [20, 18, 12, 0x99, 0x41, 0x42]);
         assert_eq!(&b[96..108], &[0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0b1001, 1]);

@@ -43,7 +43,7 @@ fn apply(block: &mut LockBlock, slot: Slot, event: Event, table: &SlotTable) -> 
 }
 
 fn release(to: Option<Mode>, open: bool) -> Event {
-    Event::Release { to, value: None, open, cleaned: true }
+    Event::Release { to, value: None, open, cleaned: 255 }
 }
 
 #[test]
@@ -108,6 +108,30 @@ fn a_dead_holder_is_dropped_and_remembered() {
 }
 
 #[test]
+fn a_crash_that_the_holder_was_not_told_of_is_left_to_the_next() {
+    for purged_by_another in [false, true] {
+        let mut table = SlotTable::default();
+        let mut b = unheld();
+        apply(&mut b, 0, Event::Request(Mode::Shared), &table);
+        apply(&mut b, 0, release(None, true), &table);
+        apply(&mut b, 1, Event::Request(Mode::Exclusive), &table);
+        let told = b.crashes;
+        assert!(!b.grant(node(1)).unwrap().after_crash);
+        table.learn(slot_block(0, Some(false)));
+        if purged_by_another {
+            apply(&mut b, 2, Event::Request(Mode::Exclusive), &table);
+        }
+        let end = Event::Release { to: None, value: None, open: false, cleaned: told };
+        apply(&mut b, 1, end, &table);
+        apply(&mut b, 2, Event::Request(Mode::Exclusive), &table);
+        assert!(b.grant(node(2)).unwrap().after_crash);
+        let end = Event::Release { to: None, value: None, open: false, cleaned: b.crashes };
+        apply(&mut b, 2, end, &table);
+        assert_eq!(b.crashes, 0);
+    }
+}
+
+#[test]
 fn open_files_are_told_until_taken_back() {
     let mut table = SlotTable::default();
     let mut b = unheld();
@@ -133,11 +157,11 @@ fn a_value_is_set_by_exclusive_holders_only() {
     assert_eq!(b.check(), Ok(()));
     assert_eq!(b.value, LockValue { root: 40, next_local: 0 });
     let value = LockValue { root: 1, next_local: 2 };
-    apply(&mut b, 0, Event::Release { to: Some(Mode::Shared), value: Some(value), open: false, cleaned: true }, &table);
+    apply(&mut b, 0, Event::Release { to: Some(Mode::Shared), value: Some(value), open: false, cleaned: 255 }, &table);
     assert_eq!(b.value, value);
     let other = LockValue { root: 9, next_local: 9 };
     apply(&mut b, 0, Event::SetValue(other), &table);
-    apply(&mut b, 0, Event::Release { to: None, value: Some(other), open: false, cleaned: true }, &table);
+    apply(&mut b, 0, Event::Release { to: None, value: Some(other), open: false, cleaned: 255 }, &table);
     assert_eq!(b.value, value);
 }
 
