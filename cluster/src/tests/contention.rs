@@ -23,7 +23,7 @@ async fn storm(seed: u64, rates: FaultRates, net: NetRates, rounds: usize) {
     w.disk.set_rates(rates);
     let mut workers = Vec::new();
     for (i, peer) in peers.iter().enumerate() {
-        let peer = peer.clone();
+        let (peer, oracle) = (peer.clone(), w.oracle.clone());
         workers.push(tokio::spawn(async move {
             let mut rng = StdRng::seed_from_u64(seed * 31 + i as u64);
             for _ in 0..rounds {
@@ -33,7 +33,8 @@ async fn storm(seed: u64, rates: FaultRates, net: NetRates, rounds: usize) {
                 if rng.random_bool(0.15) {
                     // Stops waiting: whatever is granted later must not block the others.
                     if let Ok(grant) = tokio::time::timeout(patience, peer.node.acquire(id, mode)).await {
-                        peer.take_granted(id, grant.unwrap());
+                        grant.unwrap();
+                        oracle.check(id);
                     }
                     continue;
                 }

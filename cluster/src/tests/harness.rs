@@ -30,40 +30,34 @@ pub struct World {
     pub net: Arc<SimNet>,
     pub layout: Layout,
     pub timeouts: Timeouts,
-    /// Who thinks that it holds what (I4 is checked here).
+    /// Checks I4.
     pub oracle: Arc<Oracle>,
     /// Replays begun and ended.
     pub replays: Arc<Replays>,
     seed: std::sync::atomic::AtomicU64,
 }
 
-/// What the nodes themselves believe, checked against I4.
+/// Checks I4 against what the nodes' memories say at the moment of each grant.
 #[derive(Default)]
 pub struct Oracle {
-    held: Mutex<BTreeMap<LockId, BTreeMap<NodeId, Mode>>>,
-    pub grants: Mutex<Vec<(NodeId, LockId, Grant)>>,
+    nodes: Mutex<BTreeMap<NodeId, Weak<Node>>>,
 }
 
 impl Oracle {
-    pub fn take(&self, node: NodeId, id: LockId, grant: Grant) {
-        let mut held = self.held.lock();
-        let holders = held.entry(id).or_default();
-        holders.insert(node, grant.mode);
-        let exclusive = holders.values().any(|m| *m == Mode::Exclusive);
-        assert!(!exclusive || holders.len() == 1, "I4: {id} held by {holders:?}");
-        self.grants.lock().push((node, id, grant));
+    fn add(&self, node: &Arc<Node>) {
+        self.nodes.lock().insert(node.id(), Arc::downgrade(node));
     }
 
-    pub fn drop_lock(&self, node: NodeId, id: LockId) {
-        if let Some(holders) = self.held.lock().get_mut(&id) {
-            holders.remove(&node);
-        }
+    pub fn check(&self, id: LockId) {
+        let nodes: Vec<_> = self.nodes.lock().values().filter_map(Weak::upgrade).collect();
+        let held: Vec<_> = nodes.iter().filter_map(|n| Some((n.id(), n.held(id)?.mode))).collect();
+        let exclusive = held.iter().any(|(_, mode)| *mode == Mode::Exclusive);
+        assert!(!exclusive || held.len() == 1, "I4: {id} held by {held:?}");
     }
 
+    /// A dead node's memory says nothing.
     pub fn drop_node(&self, node: NodeId) {
-        for holders in self.held.lock().values_mut() {
-            holders.remove(&node);
-        }
+        self.nodes.lock().remove(&node);
     }
 }
 
@@ -155,11 +149,8 @@ impl LockClient for Client {
             let _pin = pins.lock().await;
             let Some(grant) = node.held(id) else { return };
             let to = (wanted == Mode::Shared && grant.mode == Mode::Exclusive).then_some(Mode::Shared);
-            oracle.drop_lock(node.id(), id);
-            if let Some(mode) = to {
-                oracle.take(node.id(), id, Grant { mode, ..grant });
-            }
             let _ = node.release(id, Release { to, value: None, open }).await;
+            oracle.check(id);
         });
     }
 
@@ -192,13 +183,8 @@ impl Peer {
     /// Acquires and tells the oracle.
     pub async fn take(&self, id: LockId, mode: Mode) -> Grant {
         let grant = self.node.acquire(id, mode).await.unwrap();
-        self.oracle.take(self.id(), id, grant);
+        self.oracle.check(id);
         grant
-    }
-
-    /// Tells the oracle of a grant.
-    pub fn take_granted(&self, id: LockId, grant: Grant) {
-        self.oracle.take(self.id(), id, grant);
     }
 
     pub async fn give(&self, id: LockId, to: Option<Mode>) {
@@ -206,10 +192,6 @@ impl Peer {
     }
 
     pub async fn give_with(&self, id: LockId, how: Release) {
-        self.oracle.drop_lock(self.id(), id);
-        if let (Some(mode), Some(grant)) = (how.to, self.node.held(id)) {
-            self.oracle.take(self.id(), id, Grant { mode, ..grant });
-        }
         self.node.release(id, how).await.unwrap();
     }
 
@@ -318,6 +300,7 @@ impl World {
             lapsed: Mutex::default(),
             pins: Arc::default(),
         });
+        self.oracle.add(&node);
         node.start(client.clone());
         Ok(Peer { node, dev, port, client, oracle: self.oracle.clone() })
     }
