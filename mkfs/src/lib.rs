@@ -129,7 +129,9 @@ pub async fn format(
             return Err(MkfsError::LiveNodes(live));
         }
         if !found.is_empty() {
-            return Err(MkfsError::Occupied(found.iter().map(|f| f.name.to_owned()).collect()));
+            let mut names: Vec<String> = found.iter().map(|f| f.name.to_owned()).collect();
+            names.dedup();
+            return Err(MkfsError::Occupied(names));
         }
     }
     let wipe: Vec<u64> = found.iter().map(|f| f.offset).collect();
