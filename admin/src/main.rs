@@ -1,1 +1,76 @@
-fn main() {}
+//! clusterfs: what administrators ask of a volume. Reads the device only, mounted or not, and never writes to it.
+
+mod info;
+mod status;
+mod volume;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Administer clusterfs volumes.
+#[derive(Parser)]
+#[command(name = "clusterfs", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show a volume and the nodes that use it, from the device alone
+    Status {
+        /// Machine-readable output
+        #[arg(long)]
+        json: bool,
+        /// Block device or image file
+        device: PathBuf,
+    },
+    /// Show the superblock and where everything lies on the device
+    #[command(alias = "dump-super")]
+    Info {
+        /// Machine-readable output
+        #[arg(long)]
+        json: bool,
+        /// Block device or image file
+        device: PathBuf,
+    },
+}
+
+type Error = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(r) => r,
+        Err(e) => return fail(&e.into()),
+    };
+    let result = runtime.block_on(async {
+        match args.command {
+            Command::Status { json, device } => status::run(&device, json).await,
+            Command::Info { json, device } => info::run(&device, json).await,
+        }
+    });
+    match result {
+        Ok(text) => print(&text),
+        Err(e) => fail(&e),
+    }
+}
+
+/// A reader that closes the pipe early has what it wanted.
+fn print(text: &str) -> ExitCode {
+    use std::io::Write;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => fail(&e.into()),
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn fail(e: &Error) -> ExitCode {
+    eprintln!("clusterfs: {e}");
+    ExitCode::from(1)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,57 @@
+//! Opening a volume for looking at it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use blockdev::image::{ImageFile, OpenMode};
+use blockdev::{BlockDevice, IoClass};
+use fs_core::format::layout::BLOCK;
+use fs_core::format::superblock::{Superblock, SuperblockError};
+
+use crate::Error;
+
+/// Where the superblock was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    First,
+    /// The first one is damaged or gone; this is the copy at the end of the device.
+    Copy,
+}
+
+pub struct Volume {
+    pub dev: Arc<dyn BlockDevice>,
+    pub superblock: Superblock,
+    pub source: Source,
+}
+
+async fn superblock_at(dev: &dyn BlockDevice, block: u64) -> Result<Result<Superblock, SuperblockError>, Error> {
+    Ok(Superblock::decode(&dev.read(IoClass::Meta, block * BLOCK, BLOCK as usize).await?))
+}
+
+/// Opens a device read-only, with the sector size that its volume was made with.
+pub async fn open(path: &Path) -> Result<Volume, Error> {
+    let dev: Arc<dyn BlockDevice> = ImageFile::open(path, OpenMode::ReadOnly)?;
+    let first = superblock_at(dev.as_ref(), 0).await?;
+    let (superblock, source) = match first {
+        Ok(sb) => (sb, Source::First),
+        Err(e @ SuperblockError::Newer { .. }) => return Err(located(path, &e)),
+        Err(e) => match superblock_at(dev.as_ref(), dev.geometry().size / BLOCK - 1).await? {
+            Ok(sb) => (sb, Source::Copy),
+            Err(_) => return Err(located(path, &e)),
+        },
+    };
+    let dev = if superblock.sector_size == dev.geometry().sector_size {
+        dev
+    } else {
+        ImageFile::open_with_sector_size(path, OpenMode::ReadOnly, superblock.sector_size)?
+    };
+    if superblock.blocks > dev.geometry().size / BLOCK {
+        let (has, wants) = (dev.geometry().size, superblock.blocks * BLOCK);
+        return Err(format!("{}: the device has {has} bytes, its volume {wants}", path.display()).into());
+    }
+    Ok(Volume { dev, superblock, source })
+}
+
+fn located(path: &Path, e: &SuperblockError) -> Error {
+    format!("{}: {e}", path.display()).into()
+}
