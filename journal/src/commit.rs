@@ -5,9 +5,10 @@
 //! did not arrive. Only the newest: when a record is written, all earlier ones are durable, and it says so. Contents that
 //! overwrite blocks in use cannot be treated so, and neither can large amounts: they are written and flushed before the record.
 //! And a block under the checksum of the newest record must not be overwritten: replay would take that record for one whose
-//! data did not arrive. An empty record in between makes it not the newest any more.
+//! data did not arrive. An empty record in between makes it not the newest any more. The same goes for blocks that another
+//! node may overwrite once it has the lock: `settle` writes the empty record then.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use blockdev::{AlignedBuf, IoClass};
@@ -23,10 +24,17 @@ use crate::running::Running;
 use crate::types::{JournalError, RecordNo, Result, TxNo};
 
 /// Most file contents that one record carries checksums of, in blocks (1 MiB).
-const SUMMED_MAX: usize = 256;
+pub(crate) const SUMMED_MAX: usize = 256;
 /// Longest single write of file contents, in blocks (1 MiB).
 const WRITE_MAX: usize = 256;
 const WRITES_IN_FLIGHT: usize = 8;
+
+/// An empty record ready to be written.
+pub(crate) struct Empty {
+    record: Record,
+    pub offset: u64,
+    pub bytes: Vec<u8>,
+}
 
 type Sealed = BTreeMap<u64, (LockId, Arc<Block>)>;
 
@@ -41,17 +49,15 @@ impl Journal {
         if self.durable() >= target {
             return Ok(self.durable());
         }
-        let Some(me) = self.me.upgrade() else { return Err(JournalError::Failed("closed".into())) };
-        // A task of its own: a caller that goes away must not leave a record half written.
-        let done = tokio::spawn(async move {
+        let work = |me: Arc<Journal>| async move {
             let _one = me.committing.lock().await;
             if me.durable() < target {
                 me.check()?;
                 me.write_next().await.map_err(|e| me.fail(e))?;
             }
             Ok(me.durable())
-        });
-        done.await.map_err(|e| JournalError::Failed(e.to_string()))?
+        };
+        self.detached(work).await
     }
 
     async fn write_next(&self) -> Result<()> {
@@ -63,10 +69,16 @@ impl Journal {
             s.committing = tx.changes.iter().map(|(b, p)| (*b, (p.lock, p.new.clone()))).collect();
             (tx, s.tx - 1, s.next)
         };
-        let overwrites_summed = {
+        let (overwrites_summed, being_placed) = {
             let s = self.state.lock();
-            tx.data.iter().any(|(b, (_, fresh))| !fresh && s.last_sums.contains(b))
+            let any = |set: &BTreeSet<u64>| tx.data.keys().any(|b| set.contains(b));
+            (any(&s.last_sums), any(&s.being_placed))
         };
+        if being_placed {
+            // From its former life: that write must not land on the new contents.
+            drop(self.placing.lock().await);
+        }
+        // Fresh blocks too: freed by the very record that wrote them, they may have been allocated again.
         if overwrites_summed {
             self.write_empty(number).await?;
             number += 1;
@@ -100,16 +112,27 @@ impl Journal {
 
     /// Makes the newest record an older one.
     async fn write_empty(&self, number: RecordNo) -> Result<()> {
-        let record = Record { number, durable_before: number - 1, ..Record::default() };
-        let bytes = record.encode(&self.region, self.node, self.sector);
-        let offset = self.make_room(bytes.len() as u64).await?;
-        self.write_record(offset, &bytes).await?;
+        let empty = self.empty(number).await?;
+        self.write_record(empty.offset, &empty.bytes).await?;
         self.dev.flush(IoClass::Journal).await?;
-        self.logged(number, offset, bytes.len() as u64, &[], Sealed::new(), &record);
+        self.empty_logged(&empty);
         Ok(())
     }
 
-    async fn write_record(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    /// An empty record with its place in the ring; `committing` is held.
+    pub(crate) async fn empty(&self, number: RecordNo) -> Result<Empty> {
+        let record = Record { number, durable_before: number - 1, ..Record::default() };
+        let bytes = record.encode(&self.region, self.node, self.sector);
+        let offset = self.make_room(bytes.len() as u64).await?;
+        Ok(Empty { record, offset, bytes })
+    }
+
+    /// It is durable.
+    pub(crate) fn empty_logged(&self, e: &Empty) {
+        self.logged(e.record.number, e.offset, e.bytes.len() as u64, &[], Sealed::new(), &e.record);
+    }
+
+    pub(crate) async fn write_record(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let at = self.region.offset + crate::format::RING_START + offset;
         let buf = Arc::new(AlignedBuf::copy_of(bytes));
         Ok(self.dev.write(IoClass::Journal, at, buf, false).await?)
@@ -127,16 +150,18 @@ impl Journal {
             return Ok(write(first, bufs).await?);
         }
         let mut writes = JoinSet::new();
+        let mut result = Ok(());
         for (first, bufs) in runs {
             if writes.len() >= WRITES_IN_FLIGHT {
-                joined(writes.join_next().await)?;
+                result = result.and(joined(writes.join_next().await));
             }
             writes.spawn(write(first, bufs));
         }
+        // All of them, also after an error: none stays in flight.
         while let Some(done) = writes.join_next().await {
-            joined(Some(done))?;
+            result = result.and(joined(Some(done)));
         }
-        Ok(())
+        result
     }
 
     fn logged(&self, number: RecordNo, offset: u64, len: u64, revoked: &[u64], sealed: Sealed, record: &Record) {

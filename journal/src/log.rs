@@ -48,6 +48,8 @@ pub(crate) struct State {
     pub header: Header,
     /// Blocks under data sums of the newest record.
     pub last_sums: BTreeSet<u64>,
+    /// Blocks whose placing is under way.
+    pub being_placed: BTreeSet<u64>,
     pub failed: Option<String>,
     pub stats: JournalStats,
 }
@@ -71,8 +73,9 @@ pub struct Journal {
     pub(crate) sector: usize,
     pub(crate) state: Mutex<State>,
     /// One record is written at a time; who waits here finds its changes in the next one.
+    /// Taken before `placing` where both are.
     pub(crate) committing: tokio::sync::Mutex<()>,
-    /// Placings follow each other: an older image must not overtake a newer one.
+    /// Placings follow each other: an older image must not overtake a newer one. Who has it knows that none is in flight.
     pub(crate) placing: tokio::sync::Mutex<()>,
     pub(crate) me: Weak<Journal>,
 }
@@ -101,6 +104,7 @@ impl Journal {
             live: VecDeque::new(),
             header,
             last_sums: BTreeSet::new(),
+            being_placed: BTreeSet::new(),
             failed: None,
             stats: JournalStats::default(),
         };
@@ -149,6 +153,7 @@ impl Journal {
     }
 
     /// Latest durable transaction.
+    #[allow(clippy::misnamed_getters)]
     pub fn durable(&self) -> TxNo {
         self.state.lock().tx_durable
     }
@@ -203,6 +208,20 @@ impl Journal {
             self.checkpoint().await?;
         }
         Ok(())
+    }
+
+    /// Runs `work` in a task of its own: a caller that goes away must not leave writes in flight that nobody waits for, or
+    /// a record half written.
+    pub(crate) async fn detached<T, F>(&self, work: impl FnOnce(Arc<Journal>) -> F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let Some(me) = self.me.upgrade() else { return Err(JournalError::Failed("closed".into())) };
+        match tokio::spawn(work(me)).await {
+            Ok(result) => result,
+            Err(e) => Err(self.fail(JournalError::Failed(format!("its task ended: {e}")))),
+        }
     }
 
     /// After an error whose outcome is unknown nothing can be made durable any more (I9).

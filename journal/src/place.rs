@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use blockdev::IoClass;
+use blockdev::{BlockDevice, IoClass};
 use cluster::LockId;
 use tokio::task::JoinSet;
 
 use crate::BLOCK_SIZE;
 use crate::block::{Block, BlockHeader};
-use crate::commit::joined;
+use crate::commit::{Empty, joined};
 use crate::format::Header;
 use crate::log::{Journal, State};
 use crate::types::{JournalError, Result};
@@ -22,16 +22,39 @@ impl Journal {
     /// meanwhile.
     pub async fn settle(&self, lock: LockId) -> Result<()> {
         self.commit_if(|s| s.running.touches(lock) || s.committing.values().any(|(l, _)| *l == lock)).await?;
-        self.place(|l| l == lock).await?;
+        self.detached(|me| async move { me.place_for_release(lock).await }).await?;
         debug_assert!(!self.is_pending(lock), "I3: {lock} has changes that are not in place");
         Ok(())
+    }
+
+    /// Places what the lock covers. Where the newest record carries data sums, an empty one goes out under the same flush:
+    /// whoever gets the lock may overwrite that data, and replay would drop the record, and with it what it holds of locks
+    /// that this node keeps (I11).
+    async fn place_for_release(&self, lock: LockId) -> Result<()> {
+        self.check()?;
+        let summed = || !self.state.lock().last_sums.is_empty();
+        if summed() {
+            let _one = self.committing.lock().await;
+            self.check()?;
+            if summed() {
+                let number = self.state.lock().next;
+                let empty = self.empty(number).await.map_err(|e| self.fail(e))?;
+                self.place(|l| l == lock, Some(&empty)).await?;
+                self.empty_logged(&empty);
+                return Ok(());
+            }
+        }
+        self.place(|l| l == lock, None).await
     }
 
     /// The same for everything, and the journal is empty on disk.
     pub async fn settle_all(&self) -> Result<()> {
         self.commit_if(|_| true).await?;
-        self.place(|_| true).await?;
-        self.trim().await
+        let work = |me: Arc<Journal>| async move {
+            me.place(|_| true, None).await?;
+            me.trim().await
+        };
+        self.detached(work).await
     }
 
     /// Places everything once half of the ring is in use, so that its space can be used again and replay stays short.
@@ -41,12 +64,16 @@ impl Journal {
             let s = self.state.lock();
             self.used(&s) > self.ring() / 2 || s.logged.len() > 8192
         };
-        if due {
-            self.place(|_| true).await?;
-            self.trim().await?;
-            self.state.lock().stats.checkpoints += 1;
+        if !due {
+            return Ok(());
         }
-        Ok(())
+        let work = |me: Arc<Journal>| async move {
+            me.place(|_| true, None).await?;
+            me.trim().await?;
+            me.state.lock().stats.checkpoints += 1;
+            Ok(())
+        };
+        self.detached(work).await
     }
 
     async fn commit_if(&self, wanted: impl Fn(&State) -> bool) -> Result<()> {
@@ -57,12 +84,14 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes logged blocks to their places, durably. Never what is not logged yet (I2).
-    async fn place(&self, wanted: impl Fn(LockId) -> bool) -> Result<()> {
+    /// Writes logged blocks to their places, durably, and `with` under the same flush. Never what is not logged yet (I2).
+    /// Also with nothing to write it waits for the placing under way: that may be of blocks which have been freed since and
+    /// whose group is about to be given up.
+    async fn place(&self, wanted: impl Fn(LockId) -> bool, with: Option<&Empty>) -> Result<()> {
         self.check()?;
         let _one = self.placing.lock().await;
         let blocks: Vec<(u64, Arc<Block>)> = {
-            let s = self.state.lock();
+            let mut s = self.state.lock();
             let durable = s.durable;
             let due = s.logged.iter().filter(|(_, l)| wanted(l.lock)).map(|(b, l)| (*b, l.image.clone()));
             let due: Vec<_> = due.collect();
@@ -70,13 +99,15 @@ impl Journal {
                 let record = BlockHeader::decode(image).map_or(0, |h| h.record);
                 assert!(record <= durable, "I2: block {b} of record {record} is placed before that is durable");
             }
+            s.being_placed = due.iter().map(|(b, _)| *b).collect();
             due
         };
-        if blocks.is_empty() {
+        if blocks.is_empty() && with.is_none() {
             return Ok(());
         }
-        self.write_places(&blocks).await.map_err(|e| self.fail(e))?;
+        self.write_places(&blocks, with).await.map_err(|e| self.fail(e))?;
         let mut s = self.state.lock();
+        s.being_placed.clear();
         for (b, image) in &blocks {
             if s.logged.get(b).is_some_and(|l| Arc::ptr_eq(&l.image, image)) {
                 s.logged.remove(b);
@@ -86,23 +117,15 @@ impl Journal {
         Ok(())
     }
 
-    async fn write_places(&self, blocks: &[(u64, Arc<Block>)]) -> Result<()> {
-        let mut writes = JoinSet::new();
-        let mut rest = blocks;
-        while let Some(((first, _), _)) = rest.split_first() {
-            let same = rest.iter().zip(*first..).take(WRITE_MAX).take_while(|((b, _), n)| b == n).count();
-            let (run, tail) = rest.split_at(same);
-            rest = tail;
-            let (dev, bufs) = (self.dev.clone(), run.iter().map(|(_, b)| b.clone()).collect());
-            let at = first * BLOCK_SIZE as u64;
-            if writes.len() >= WRITES_IN_FLIGHT {
-                joined(writes.join_next().await)?;
+    async fn write_places(&self, blocks: &[(u64, Arc<Block>)], with: Option<&Empty>) -> Result<()> {
+        let record = async {
+            match with {
+                Some(e) => self.write_record(e.offset, &e.bytes).await,
+                None => Ok(()),
             }
-            writes.spawn(async move { dev.writev(IoClass::Meta, at, bufs, false).await });
-        }
-        while let Some(done) = writes.join_next().await {
-            joined(Some(done))?;
-        }
+        };
+        let (placed, recorded) = tokio::join!(write_blocks(&self.dev, blocks), record);
+        placed.and(recorded)?;
         Ok(self.dev.flush(IoClass::Meta).await?)
     }
 
@@ -137,7 +160,7 @@ impl Journal {
                 return Ok(at);
             }
             if attempt > 0 {
-                self.place(|_| true).await?;
+                self.place(|_| true, None).await?;
             }
             self.trim().await?;
         }
@@ -158,4 +181,26 @@ impl Journal {
         }
         (s.head + len < front).then_some(s.head)
     }
+}
+
+/// Writes blocks to their places, consecutive ones together, several writes at a time. None is in flight when it returns.
+pub(crate) async fn write_blocks(dev: &Arc<dyn BlockDevice>, blocks: &[(u64, Arc<Block>)]) -> Result<()> {
+    let mut writes = JoinSet::new();
+    let mut result = Ok(());
+    let mut rest = blocks;
+    while let Some(((first, _), _)) = rest.split_first() {
+        let same = rest.iter().zip(*first..).take(WRITE_MAX).take_while(|((b, _), n)| b == n).count();
+        let (run, tail) = rest.split_at(same);
+        rest = tail;
+        let (dev, bufs) = (dev.clone(), run.iter().map(|(_, b)| b.clone()).collect());
+        let at = first * BLOCK_SIZE as u64;
+        if writes.len() >= WRITES_IN_FLIGHT {
+            result = result.and(joined(writes.join_next().await));
+        }
+        writes.spawn(async move { dev.writev(IoClass::Meta, at, bufs, false).await });
+    }
+    while let Some(done) = writes.join_next().await {
+        result = result.and(joined(Some(done)));
+    }
+    result
 }

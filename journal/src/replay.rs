@@ -14,8 +14,10 @@ use cluster::{LockId, NodeId, Tenure};
 
 use crate::BLOCK_SIZE;
 use crate::block::{self, Block, BlockHeader};
+use crate::commit::SUMMED_MAX;
 use crate::diff::apply;
 use crate::format::{Delta, HEADER_COPY, Header, RING_START, Record};
+use crate::place::write_blocks;
 use crate::types::{JournalError, RecordNo, Region, Result};
 
 /// Bytes read at once.
@@ -132,7 +134,7 @@ pub async fn scan(dev: &Arc<dyn BlockDevice>, region: Region, dead: NodeId) -> R
     }
     let mut records = Ring::new(dev, region).records(&header).await?;
     let arrived = match records.last() {
-        Some(newest) => data_arrived(dev, newest).await?,
+        Some(newest) => data_arrived(dev, region, newest).await?,
         None => true,
     };
     if !arrived {
@@ -141,8 +143,14 @@ pub async fn scan(dev: &Arc<dyn BlockDevice>, region: Region, dead: NodeId) -> R
     Ok(Scan { records, dropped: !arrived })
 }
 
-async fn data_arrived(dev: &Arc<dyn BlockDevice>, record: &Record) -> Result<bool> {
+async fn data_arrived(dev: &Arc<dyn BlockDevice>, region: Region, record: &Record) -> Result<bool> {
+    let on_device = dev.geometry().size / BLOCK_SIZE as u64;
     for s in &record.sums {
+        let end = s.block.checked_add(s.blocks.into());
+        if s.blocks as usize > SUMMED_MAX || end.is_none_or(|end| end > on_device) {
+            let reason = format!("record {} has checksums of impossible data", record.number);
+            return Err(JournalError::Damaged { slot: region.slot, offset: region.offset, reason });
+        }
         let bytes = s.blocks as usize * BLOCK_SIZE;
         let data = dev.read(IoClass::Data, s.block * BLOCK_SIZE as u64, bytes).await?;
         if blake3::hash(&data).as_bytes()[..16] != s.sum {
@@ -188,15 +196,16 @@ impl Scan {
         locks: &dyn TenureSource,
         report: &mut ReplayReport,
     ) -> Result<BTreeMap<u64, Vec<Counted<'_>>>> {
-        let mut freed: BTreeMap<u64, RecordNo> = BTreeMap::new();
-        for r in &self.records {
-            for (first, n) in &r.revokes {
-                freed.extend((*first..first.saturating_add(*n)).take(1 << 24).map(|b| (b, r.number)));
-            }
-        }
         let mut held: BTreeMap<LockId, Option<Tenure>> = BTreeMap::new();
         let mut out: BTreeMap<u64, Vec<Counted<'_>>> = BTreeMap::new();
         for r in &self.records {
+            // A record that frees a block and changes it lists the change of the new life only.
+            for (first, n) in &r.revokes {
+                let freed: Vec<u64> = out.range(*first..first.saturating_add(*n)).map(|(b, _)| *b).collect();
+                for b in freed {
+                    report.changes_skipped += out.remove(&b).map_or(0, |changes| changes.len());
+                }
+            }
             for delta in &r.changes {
                 let Some((lock, tenure)) = r.locks.get(usize::from(delta.lock)).copied() else {
                     let reason = format!("record {} names a lock it does not list", r.number);
@@ -207,7 +216,7 @@ impl Scan {
                     v.insert(tenure.map_err(|reason| JournalError::Replay { block: delta.block, reason })?);
                 }
                 let current = held.get(&lock).copied().flatten() == Some(tenure);
-                if !current || freed.get(&delta.block).is_some_and(|f| *f >= r.number) {
+                if !current {
                     report.changes_skipped += 1;
                     continue;
                 }
@@ -227,6 +236,9 @@ async fn replayed(
 ) -> Result<Option<Block>> {
     let Some(last) = changes.last() else { return Ok(None) };
     let fail = |reason: &str| JournalError::Replay { block: number, reason: reason.into() };
+    if number >= dev.geometry().size / BLOCK_SIZE as u64 {
+        return Err(fail("it lies beyond the device"));
+    }
     let mut image = dev.read(IoClass::Meta, number * BLOCK_SIZE as u64, BLOCK_SIZE).await?;
     let sound = block::verify(&image, region.volume, number, last.lock).ok();
     let newer = |c: &&Counted<'_>, h: &BlockHeader| (c.tenure, c.record) > (h.tenure, h.record);
@@ -262,9 +274,8 @@ pub async fn replay(
 ) -> Result<ReplayReport> {
     let scan = scan(dev, region, dead).await?;
     let (images, report) = scan.images(dev, region, dead, locks).await?;
-    for (number, image) in images {
-        dev.write(IoClass::Meta, number * BLOCK_SIZE as u64, Arc::new(image), false).await?;
-    }
+    let images: Vec<_> = images.into_iter().map(|(number, image)| (number, Arc::new(image))).collect();
+    write_blocks(dev, &images).await?;
     dev.flush(IoClass::Meta).await?;
     Ok(report)
 }

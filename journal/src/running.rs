@@ -6,6 +6,7 @@ use std::sync::Arc;
 use blockdev::AlignedBuf;
 use cluster::{LockId, Tenure};
 
+use crate::BLOCK_SIZE;
 use crate::block::Block;
 use crate::types::{Change, DataWrite, Install};
 
@@ -51,30 +52,43 @@ impl Running {
     }
 
     fn change(&mut self, c: Change) {
-        if c.old.is_none() {
-            // Used again in the transaction that freed it: logged whole, so older records of it do no harm.
-            self.revokes.remove(&c.block);
-        }
+        // Used again in the transaction that freed it: the revoke stays, for the older records of the former life (I6), and
+        // what they left is not the base of the new one.
+        let old = c.old.filter(|_| !self.revokes.contains(&c.block));
         match self.changes.get_mut(&c.block) {
             Some(p) => {
                 p.new = c.new;
                 p.lock = c.lock;
                 p.tenure = c.tenure;
-                if c.old.is_none() {
+                if old.is_none() {
                     p.base = None;
                 }
             }
             None => {
-                self.changes.insert(c.block, Pending { lock: c.lock, tenure: c.tenure, new: c.new, base: c.old });
+                self.changes.insert(c.block, Pending { lock: c.lock, tenure: c.tenure, new: c.new, base: old });
             }
         }
     }
 
     fn write(&mut self, w: DataWrite) {
-        for (block, buf) in (w.block..).zip(w.bufs) {
-            let fresh = w.fresh || self.data.get(&block).is_some_and(|(_, fresh)| *fresh);
-            self.data.insert(block, (buf, fresh));
+        let mut block = w.block;
+        for buf in w.bufs {
+            if buf.len() == BLOCK_SIZE {
+                self.write_block(block, buf, w.fresh);
+                block += 1;
+                continue;
+            }
+            for part in buf.chunks(BLOCK_SIZE) {
+                self.write_block(block, Arc::new(AlignedBuf::copy_of(part)), w.fresh);
+                block += 1;
+            }
         }
+    }
+
+    /// What the transaction wrote first decides whether something committed refers to the block.
+    fn write_block(&mut self, block: u64, buf: Arc<AlignedBuf>, fresh: bool) {
+        let fresh = self.data.get(&block).map_or(fresh, |(_, first)| *first);
+        self.data.insert(block, (buf, fresh));
     }
 
     /// Data in device order, joined where it is consecutive, at most `most` blocks each.
