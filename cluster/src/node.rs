@@ -62,8 +62,9 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Never another node's, whatever the seeds: the low bits are the slot's (I9).
     pub fn nonce(&self) -> u64 {
-        self.rng.lock().next_u64()
+        self.rng.lock().next_u64() << 8 | u64::from(self.me.slot)
     }
 
     pub fn jitter(&self, most: Duration) -> Duration {
