@@ -1,0 +1,34 @@
+//! The test gate and the demo.
+
+use std::process::Command;
+
+use crate::run::{cargo, step, works};
+use crate::{Result, programs};
+
+/// Tests find the programs that users call in the directory this names.
+pub const BIN_DIR: &str = "CLUSTERFS_BIN_DIR";
+
+pub fn test(args: &[String]) -> Result<()> {
+    step("formatting", cargo().args(["fmt", "--all", "--check"]))?;
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    step("lints", cargo().args(clippy))?;
+    println!("== programs");
+    let bin = programs::build()?;
+    let mut tests = if works("cargo-nextest", &["nextest", "--version"]) {
+        let mut c = cargo();
+        c.args(["nextest", "run", "--workspace"]);
+        c
+    } else {
+        let mut c = cargo();
+        c.args(["test", "--quiet", "--workspace"]);
+        c
+    };
+    step("unit and property tests, simulator, real mounts", tests.env(BIN_DIR, bin).args(args))
+}
+
+pub fn demo(args: &[String]) -> Result<()> {
+    let bin = programs::build()?;
+    let run = ["run", "--release", "--quiet", "--package", "clusterfs-tests", "--bin", "clusterfs-demo", "--"];
+    let mut c: Command = cargo();
+    crate::run::run(c.args(run).args(args).env(BIN_DIR, bin))
+}
