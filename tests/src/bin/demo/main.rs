@@ -145,7 +145,7 @@ fn first_delivery(node: usize, root: &Path) -> Delivered {
             if i % 10 > 0 {
                 return Ok(());
             }
-            d.time(|| append_mbox(&root.join(MBOX), &m, MboxLock::Fcntl))?;
+            d.time(|| append_mbox(&root.join(MBOX), &m, MboxLock::Dotlock))?;
             d.mbox.push(m.id.clone());
             Ok(())
         });
