@@ -67,13 +67,20 @@ impl Output<'_> {
         }
     }
 
-    async fn write(&mut self, offset: u64, bytes: AlignedBuf) -> Result<(), MkfsError> {
+    async fn spawn(
+        &mut self,
+        work: impl Future<Output = blockdev::Result<()>> + Send + 'static,
+    ) -> Result<(), MkfsError> {
         while self.running.len() >= DEPTH {
             self.join_one().await?;
         }
-        let dev = self.dev.clone();
-        self.running.spawn(async move { dev.write(IoClass::Meta, offset, Arc::new(bytes), false).await });
+        self.running.spawn(work);
         Ok(())
+    }
+
+    async fn write(&mut self, offset: u64, bytes: AlignedBuf) -> Result<(), MkfsError> {
+        let dev = self.dev.clone();
+        self.spawn(async move { dev.write(IoClass::Meta, offset, Arc::new(bytes), false).await }).await
     }
 
     /// Everything written so far becomes durable.
@@ -115,10 +122,15 @@ impl Output<'_> {
         let mut at = range.start;
         while at < range.end {
             let len = (PIECE as u64).min(range.end - at) as usize;
-            let old = self.dev.read(IoClass::Meta, at, len).await.map_err(|e| self.error(e))?;
-            if old.iter().any(|b| *b != 0) {
-                self.write(at, AlignedBuf::zeroed(len)).await?;
-            }
+            let dev = self.dev.clone();
+            self.spawn(async move {
+                let old = dev.read(IoClass::Meta, at, len).await?;
+                if old.iter().all(|b| *b == 0) {
+                    return Ok(());
+                }
+                dev.write(IoClass::Meta, at, Arc::new(AlignedBuf::zeroed(len)), false).await
+            })
+            .await?;
             at += len as u64;
             self.step();
         }
