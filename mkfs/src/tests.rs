@@ -35,8 +35,11 @@ async fn block(dev: &Arc<dyn BlockDevice>, l: &VolumeLayout, number: u64, owner:
     b.to_vec()
 }
 
-/// Everything a mount will look at is there and agrees.
+/// Everything a mount will look at is there and agrees, and fsck finds nothing.
 async fn assert_whole(dev: &Arc<dyn BlockDevice>, made: &Made) {
+    let report = fs_core::check::check(dev, None).await.unwrap();
+    assert!(report.is_clean() && report.notes.is_empty(), "{report:?}");
+    assert_eq!((report.dirs, report.files), (1, 0));
     let sb = &made.superblock;
     let l = sb.layout();
     for place in [0, l.backup_superblock()] {
@@ -280,5 +283,53 @@ fn uuids() {
         "zz112233445566778899aabbccddeeff",
     ] {
         assert_eq!(parse_uuid(bad), None, "{bad}");
+    }
+}
+
+struct FixedClock;
+
+impl fs_core::WallClock for FixedClock {
+    fn now(&self) -> Time {
+        Time { secs: 1_800_000_000, nanos: 1 }
+    }
+}
+
+/// The smallest volumes serve every node they were made for, down to mail in a directory of each.
+#[tokio::test(start_paused = true)]
+async fn a_new_volume_can_be_mounted_by_every_node() {
+    use fs_core::{Atime, Caller, MountConfig, NewNode, NoKernelCache, ROOT_INO, Volume};
+    for (size, nodes) in [(6 << 20, 1), (16 << 20, 8)] {
+        let disk = SimDisk::new(SimConfig::new(size, 5));
+        let raw: Arc<dyn BlockDevice> = disk.open_raw();
+        make(&raw, &FormatOptions { nodes: Some(nodes), ..FormatOptions::seeded(5) }).await.unwrap();
+        let mut mounted = Vec::new();
+        for n in 0..nodes {
+            let cfg = MountConfig {
+                device: disk.open(&format!("node{n}")),
+                net: None,
+                clock: Arc::new(FixedClock),
+                kernel: Arc::new(NoKernelCache),
+                host_name: format!("node{n}"),
+                seed: n.into(),
+                read_only: false,
+                atime: Atime::Never,
+                cache_bytes: 1 << 20,
+                dirty_bytes: 1 << 20,
+            };
+            let v = Volume::mount(cfg).await.unwrap_or_else(|e| panic!("node {n} of {nodes}: {e}"));
+            let who = Caller::default();
+            let new = |mode| NewNode { mode, umask: 0, rdev: 0 };
+            let dir = v.mkdir(who, ROOT_INO, format!("box{n}").as_bytes(), new(0o755)).await.unwrap().value.ino;
+            let file = v.mknod(who, dir, b"mail", new(0o100600), false).await.unwrap().value.ino;
+            v.write(file, 0, &[7; 10_000], Default::default()).await.unwrap();
+            v.fsync(file, false).await.unwrap();
+            mounted.push(v);
+        }
+        for v in mounted {
+            v.unmount().await.unwrap();
+        }
+        let report = fs_core::check::check(&raw, None).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        assert_eq!((report.dirs, report.files), (1 + u64::from(nodes), nodes.into()));
     }
 }
