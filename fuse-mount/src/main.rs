@@ -1,1 +1,86 @@
-fn main() {}
+//! `mount.clusterfs`: see mount.clusterfs(8). Exit statuses are those of mount(8).
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use fuse_mount::daemon::{Forked, Syslog, detach, fork};
+use fuse_mount::mount::serve;
+use fuse_mount::options::{Cli, Options};
+
+const USAGE: u8 = 1;
+const SYSTEM: u8 = 2;
+const FAILED: u8 = 32;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let shown = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            // Standard output or error may be closed; the status still tells.
+            let _ = e.print();
+            return ExitCode::from(if shown { 0 } else { USAGE });
+        }
+    };
+    let options = match Options::parse(&cli) {
+        Ok(options) => options,
+        Err(e) => return complain(&e, USAGE),
+    };
+    // SAFETY: asks for a number.
+    if unsafe { libc::geteuid() } != 0 {
+        return complain("only root can mount", USAGE);
+    }
+    if cli.foreground { foreground(&cli, &options) } else { background(&cli, &options) }
+}
+
+fn complain(what: &str, status: u8) -> ExitCode {
+    eprintln!("mount.clusterfs: {what}");
+    ExitCode::from(status)
+}
+
+fn log_filter(options: &Options) -> tracing_subscriber::EnvFilter {
+    tracing_subscriber::EnvFilter::new(options.log.as_deref().unwrap_or("warn"))
+}
+
+fn foreground(cli: &Cli, options: &Options) -> ExitCode {
+    tracing_subscriber::fmt().with_env_filter(log_filter(options)).with_writer(std::io::stderr).init();
+    match serve(&cli.device, &cli.dir, options, || ()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => complain(&format!("{}: {e}", cli.device), FAILED),
+    }
+}
+
+fn background(cli: &Cli, options: &Options) -> ExitCode {
+    let parent = match fork() {
+        Ok(Forked::Parent { status: 0, .. }) => return ExitCode::SUCCESS,
+        Ok(Forked::Parent { status, message }) => return complain(&message, status.try_into().unwrap_or(FAILED)),
+        Ok(Forked::Child(parent)) => parent,
+        Err(e) => return complain(&format!("cannot start the daemon: {e}"), SYSTEM),
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(log_filter(options))
+        .without_time()
+        .with_ansi(false)
+        .with_writer(|| Syslog)
+        .init();
+    let mut parent = Some(parent);
+    let result = serve(&cli.device, &cli.dir, options, || {
+        if let Err(e) = detach() {
+            tracing::warn!("cannot let go of the terminal: {e}");
+        }
+        if let Some(p) = parent.take() {
+            p.tell(0, "");
+        }
+    });
+    match (result, parent) {
+        (Ok(()), _) => ExitCode::SUCCESS,
+        (Err(e), Some(p)) => {
+            p.tell(FAILED, &format!("{}: {e}", cli.device));
+            ExitCode::from(FAILED)
+        }
+        (Err(e), None) => {
+            tracing::error!("{}: {e}", cli.device);
+            ExitCode::from(FAILED)
+        }
+    }
+}

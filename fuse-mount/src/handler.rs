@@ -1,0 +1,358 @@
+//! Requests of the kernel to operations of the volume, each in a task of its own, so that none that waits (for a lock,
+//! the device, a commit) keeps another from being served. What the volume returns is held until the reply has been written: a
+//! revocation waits for that, and nothing stale is cached afterwards.
+
+use std::sync::Arc;
+
+use fs_core::{Attr, Caller, Fallocate, FsError, Leased, NewNode, Rename, Volume, Whence, WriteOptions, XattrSet};
+use fuse_session::abi::{FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, WRITE_CACHE, WRITE_KILL_SUIDGID};
+use fuse_session::{EntryOut, Forget, Handler, InitConfig, InitFlags, InitRequest, Negotiated, Op, Reply, Request};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+
+use crate::convert::{self, to_ino, valid};
+use crate::errno::{errno, is_fault};
+use crate::kernel_cache::KnownInodes;
+use crate::listing;
+
+const XATTR_SPACES: [&[u8]; 4] = [b"user.", b"trusted.", b"security.", b"system.posix_acl_"];
+
+/// Serves one mount.
+pub struct Server {
+    pub volume: Arc<Volume>,
+    pub known: Arc<KnownInodes>,
+    pub runtime: Handle,
+    /// Told when the kernel has begun to use the mount.
+    pub ready: Arc<Notify>,
+}
+
+impl Handler for Server {
+    fn init(&self, _offer: &InitRequest) -> InitConfig {
+        let flags = InitFlags::ASYNC_READ
+            | InitFlags::BIG_WRITES
+            | InitFlags::MAX_PAGES
+            | InitFlags::DO_READDIRPLUS
+            | InitFlags::READDIRPLUS_AUTO
+            | InitFlags::PARALLEL_DIROPS
+            | InitFlags::POSIX_ACL
+            | InitFlags::DONT_MASK
+            | InitFlags::CACHE_SYMLINKS
+            | InitFlags::ATOMIC_O_TRUNC
+            | InitFlags::EXPLICIT_INVAL_DATA
+            | InitFlags::HANDLE_KILLPRIV_V2
+            | InitFlags::DIRECT_IO_ALLOW_MMAP
+            | InitFlags::INIT_EXT;
+        InitConfig { flags, ..InitConfig::default() }
+    }
+
+    fn initialized(&self, _holds: &Negotiated) {
+        self.ready.notify_one();
+    }
+
+    fn request(&self, request: Request, reply: Reply) {
+        let job = Job { volume: self.volume.clone(), known: self.known.clone() };
+        self.runtime.spawn(async move { job.serve(request, reply).await });
+    }
+
+    fn forget(&self, forgets: Vec<Forget>) {
+        for f in forgets {
+            self.known.forgotten(to_ino(f.nodeid), f.nlookup);
+        }
+    }
+}
+
+/// What serving one request needs.
+pub(crate) struct Job {
+    pub volume: Arc<Volume>,
+    pub known: Arc<KnownInodes>,
+}
+
+type Result<T> = std::result::Result<T, FsError>;
+
+impl Job {
+    async fn serve(self, q: Request, reply: Reply) {
+        let ino = to_ino(q.nodeid);
+        let who = Caller { uid: q.uid, gid: q.gid };
+        let v = &self.volume;
+        match q.op {
+            Op::Lookup { name } => self.lookup(ino, &name, reply).await,
+            Op::Getattr { .. } => self.attr(v.getattr(ino).await, reply),
+            Op::Setattr(set) => self.attr(v.setattr(ino, convert::set_attr(&set)).await, reply),
+            Op::Readlink => answer(v.readlink(ino).await, reply, |r, target| r.readlink(target)),
+            Op::Symlink { name, target } => self.entry(v.symlink(who, ino, &name, &target).await, reply),
+            Op::Mknod { name, mode, rdev, umask } => {
+                let new = NewNode { mode, umask, rdev: rdev.into() };
+                self.entry(v.mknod(who, ino, &name, new, false).await, reply);
+            }
+            Op::Mkdir { name, mode, umask } => {
+                let new = NewNode { mode, umask, rdev: 0 };
+                self.entry(v.mkdir(who, ino, &name, new).await, reply);
+            }
+            Op::Unlink { name } => done(v.unlink(ino, &name).await, reply),
+            Op::Rmdir { name } => done(v.rmdir(ino, &name).await, reply),
+            Op::Rename { name, newdir, newname, flags } => match rename_kind(flags) {
+                Some(how) => done(v.rename(ino, &name, to_ino(newdir), &newname, how).await, reply),
+                None => fail(&FsError::Invalid, reply),
+            },
+            Op::Link { oldnode, newname } => self.entry(v.link(to_ino(oldnode), ino, &newname).await, reply),
+            Op::Open { flags, .. } => self.open(ino, flags, reply).await,
+            Op::Create { name, flags, mode, umask, .. } => {
+                self.create(who, ino, &name, flags, NewNode { mode, umask, rdev: 0 }, reply).await;
+            }
+            Op::Tmpfile { flags, mode, umask, .. } => {
+                let made = v.tmpfile(who, ino, NewNode { mode, umask, rdev: 0 }).await;
+                self.created(made, flags, reply).await;
+            }
+            Op::Read { offset, size, .. } => answer(v.read(ino, offset, size).await, reply, |r, data| r.data(data)),
+            Op::Write { offset, write_flags, flags, data, .. } => {
+                let how = WriteOptions {
+                    append: flags & libc::O_APPEND as u32 != 0 && write_flags & WRITE_CACHE == 0,
+                    kill_suid: write_flags & WRITE_KILL_SUIDGID != 0,
+                };
+                self.write(ino, offset, &data, how, reply).await;
+            }
+            Op::Statfs => match v.statfs().await {
+                Ok(s) => drop(reply.statfs(&convert::statfs(&s))),
+                Err(e) => fail(&e, reply),
+            },
+            Op::Release { .. } | Op::Releasedir { .. } => {
+                v.release(ino).await;
+                reply.ok();
+            }
+            Op::Fsync { datasync, .. } | Op::Fsyncdir { datasync, .. } => plain(v.fsync(ino, datasync).await, reply),
+            Op::Syncfs => plain(v.sync().await, reply),
+            Op::Flush { .. } => drop(reply.ok()),
+            Op::Opendir { .. } => match v.open(ino, false).await {
+                Ok(held) => {
+                    self.known.open_check(ino);
+                    self.opened(ino, reply.open(0, 0)).await;
+                    drop(held);
+                }
+                Err(e) => fail(&e, reply),
+            },
+            Op::Readdir { offset, size, .. } => listing::readdir(&self, ino, offset, size, reply).await,
+            Op::Readdirplus { offset, size, .. } => listing::readdirplus(&self, ino, offset, size, reply).await,
+            Op::Setxattr { name, value, flags, .. } => match xattr_kind(flags) {
+                Some(how) if stored(&name) => done(v.setxattr(ino, &name, &value, how).await, reply),
+                Some(_) => fail(&FsError::NotSupported, reply),
+                None => fail(&FsError::Invalid, reply),
+            },
+            Op::Getxattr { name, size } if stored(&name) => {
+                answer(v.getxattr(ino, &name).await, reply, |r, value| r.xattr(size, value));
+            }
+            Op::Getxattr { .. } => fail(&FsError::NotSupported, reply),
+            Op::Listxattr { size } => {
+                let names = v.listxattr(ino).await.map(|l| l.map(|names| listed(&names)));
+                answer(names, reply, |r, names| r.xattr(size, names));
+            }
+            Op::Removexattr { name } if stored(&name) => done(v.removexattr(ino, &name).await, reply),
+            Op::Removexattr { .. } => fail(&FsError::NotSupported, reply),
+            Op::Fallocate { offset, length, mode, .. } => match fallocate_kind(mode) {
+                Some(how) => done(v.fallocate(ino, offset, length, how).await, reply),
+                None => fail(&FsError::NotSupported, reply),
+            },
+            Op::Lseek { offset, whence, .. } => self.seek(ino, offset, whence, reply).await,
+            // The kernel does these by itself when told that we do not.
+            _ => drop(reply.err(libc::ENOSYS)),
+        }
+    }
+
+    async fn lookup(&self, parent: u64, name: &[u8], reply: Reply) {
+        match self.volume.lookup(parent, name).await {
+            Ok(held) => self.looked_up(held, reply),
+            Err(e) => fail(&e, reply),
+        }
+    }
+
+    fn looked_up(&self, held: Leased<Option<Attr>>, reply: Reply) {
+        match &held.value {
+            Some(a) => self.give_entry(&convert::entry(a, held.cacheable), |e| reply.entry(e)),
+            None => drop(reply.entry(&EntryOut::negative(valid(held.cacheable)))),
+        }
+    }
+
+    /// Counts the entry before the kernel has it: a revocation in between must find it.
+    pub(crate) fn give_entry(&self, e: &EntryOut, send: impl FnOnce(&EntryOut) -> bool) {
+        let ino = to_ino(e.nodeid);
+        self.known.looked_up(ino);
+        if !send(e) {
+            self.known.forgotten(ino, 1);
+        }
+    }
+
+    fn entry(&self, made: Result<Leased<Attr>>, reply: Reply) {
+        match made {
+            Ok(held) => self.give_entry(&convert::entry(&held.value, held.cacheable), |e| reply.entry(e)),
+            Err(e) => fail(&e, reply),
+        }
+    }
+
+    fn attr(&self, got: Result<Leased<Attr>>, reply: Reply) {
+        match got {
+            Ok(held) => {
+                self.known.attributes_given(held.value.ino);
+                reply.attr(valid(held.cacheable), &convert::attr(&held.value));
+            }
+            Err(e) => fail(&e, reply),
+        }
+    }
+
+    async fn open(&self, ino: u64, flags: u32, reply: Reply) {
+        let truncate = flags & libc::O_TRUNC as u32 != 0;
+        match self.volume.open(ino, truncate).await {
+            Ok(held) => {
+                self.known.open_check(ino);
+                self.opened(ino, reply.open(0, open_flags(flags))).await;
+                drop(held);
+            }
+            Err(e) => fail(&e, reply),
+        }
+    }
+
+    /// The kernel did not take the open file: it will not release it either.
+    async fn opened(&self, ino: u64, taken: bool) {
+        if !taken {
+            self.volume.release(ino).await;
+        }
+    }
+
+    async fn create(&self, who: Caller, parent: u64, name: &[u8], flags: u32, new: NewNode, reply: Reply) {
+        loop {
+            match self.volume.mknod(who, parent, name, new, true).await {
+                Err(FsError::Exists) if flags & libc::O_EXCL as u32 == 0 => {}
+                made => return self.created(made, flags, reply).await,
+            }
+            // Somebody else made it since the kernel looked.
+            match self.open_existing(parent, name, flags).await {
+                Err(FsError::NotFound | FsError::Stale) => {}
+                opened => return self.created(opened, flags, reply).await,
+            }
+        }
+    }
+
+    async fn open_existing(&self, parent: u64, name: &[u8], flags: u32) -> Result<Leased<Attr>> {
+        let found = self.volume.lookup(parent, name).await?.value;
+        let found = found.ok_or(FsError::NotFound)?;
+        if !found.inode.is_file() {
+            return Err(if found.inode.is_dir() { FsError::IsDir } else { FsError::Exists });
+        }
+        // No lease is kept over the next call: it would wait for a revocation that waits for this lease.
+        drop(self.volume.open(found.ino, flags & libc::O_TRUNC as u32 != 0).await?);
+        match self.volume.getattr(found.ino).await {
+            Ok(held) => Ok(held),
+            Err(e) => {
+                self.volume.release(found.ino).await;
+                Err(e)
+            }
+        }
+    }
+
+    async fn created(&self, made: Result<Leased<Attr>>, flags: u32, reply: Reply) {
+        match made {
+            Ok(held) => {
+                let e = convert::entry(&held.value, held.cacheable);
+                let mut taken = false;
+                self.give_entry(&e, |e| {
+                    taken = reply.create(e, 0, open_flags(flags));
+                    taken
+                });
+                self.opened(held.value.ino, taken).await;
+            }
+            Err(e) => fail(&e, reply),
+        }
+    }
+
+    async fn write(&self, ino: u64, offset: u64, data: &[u8], how: WriteOptions, reply: Reply) {
+        match self.volume.write(ino, offset, data, how).await {
+            Ok(held) => {
+                reply.write(data.len() as u32);
+                if held.value != offset {
+                    // The kernel filed an append under the end of the file as it knew it.
+                    let known = self.known.clone();
+                    tokio::task::spawn_blocking(move || known.drop_pages(ino));
+                }
+            }
+            Err(e) => fail(&e, reply),
+        }
+    }
+
+    async fn seek(&self, ino: u64, offset: u64, whence: u32, reply: Reply) {
+        let whence = match whence as i32 {
+            libc::SEEK_DATA => Whence::Data,
+            libc::SEEK_HOLE => Whence::Hole,
+            _ => return fail(&FsError::Invalid, reply),
+        };
+        match self.volume.seek(ino, offset, whence).await {
+            Ok(at) => drop(reply.lseek(at)),
+            Err(e) => fail(&e, reply),
+        }
+    }
+}
+
+pub(crate) fn fail(e: &FsError, reply: Reply) {
+    if is_fault(e) {
+        tracing::error!("{e}");
+    }
+    reply.err(errno(e));
+}
+
+/// Answers with what the lease holds, then lets it go.
+fn answer<T>(got: Result<Leased<T>>, reply: Reply, send: impl FnOnce(Reply, &T) -> bool) {
+    match got {
+        Ok(held) => drop(send(reply, &held.value)),
+        Err(e) => fail(&e, reply),
+    }
+}
+
+fn done(r: Result<Leased<()>>, reply: Reply) {
+    answer(r, reply, |reply, ()| reply.ok());
+}
+
+fn plain(r: Result<()>, reply: Reply) {
+    match r {
+        Ok(()) => drop(reply.ok()),
+        Err(e) => fail(&e, reply),
+    }
+}
+
+/// Pages stay valid over an open: a revocation drops them. Appends go around the page cache, because where they end up is
+/// decided here and not by the size that the kernel knows.
+fn open_flags(flags: u32) -> u32 {
+    if flags & libc::O_APPEND as u32 != 0 { FOPEN_DIRECT_IO | FOPEN_KEEP_CACHE } else { FOPEN_KEEP_CACHE }
+}
+
+fn rename_kind(flags: u32) -> Option<Rename> {
+    match flags {
+        0 => Some(Rename::Replace),
+        libc::RENAME_NOREPLACE => Some(Rename::NoReplace),
+        libc::RENAME_EXCHANGE => Some(Rename::Exchange),
+        _ => None,
+    }
+}
+
+fn xattr_kind(flags: u32) -> Option<XattrSet> {
+    match flags as i32 {
+        0 => Some(XattrSet::Any),
+        libc::XATTR_CREATE => Some(XattrSet::Create),
+        libc::XATTR_REPLACE => Some(XattrSet::Replace),
+        _ => None,
+    }
+}
+
+fn fallocate_kind(mode: u32) -> Option<Fallocate> {
+    let (keep, punch, zero) =
+        (libc::FALLOC_FL_KEEP_SIZE as u32, libc::FALLOC_FL_PUNCH_HOLE as u32, libc::FALLOC_FL_ZERO_RANGE as u32);
+    (mode & !(keep | punch | zero) == 0).then_some(Fallocate {
+        keep_size: mode & keep != 0,
+        punch_hole: mode & punch != 0,
+        zero_range: mode & zero != 0,
+    })
+}
+
+fn stored(name: &[u8]) -> bool {
+    XATTR_SPACES.iter().any(|s| name.starts_with(s))
+}
+
+fn listed(names: &[Vec<u8>]) -> Vec<u8> {
+    names.iter().flat_map(|n| n.iter().copied().chain([0])).collect()
+}

@@ -1,0 +1,166 @@
+//! From a device's name to a served mount point, and back.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::sync::Arc;
+
+use blockdev::BlockDevice;
+use blockdev::image::{ImageFile, OpenError, OpenMode};
+use cluster::HintNet;
+use cluster::udp::UdpHints;
+use fs_core::{MountConfig, MountError, Volume, read_superblock};
+use fuse_session::{MountSpec, Session, UnmountMode};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use crate::convert::HostClock;
+use crate::handler::Server;
+use crate::kernel_cache::{KernelView, KnownInodes};
+use crate::options::{Hints, Options};
+
+/// Threads that read requests. They only hand them on.
+const READERS: usize = 2;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("iSCSI devices are not supported by this build: log in with the kernel's initiator and name the block device")]
+    Iscsi,
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Volume(#[from] MountError),
+    #[error(transparent)]
+    Mount(#[from] fuse_session::MountError),
+    #[error(transparent)]
+    Run(#[from] fuse_session::RunError),
+    #[error("{0}")]
+    System(#[from] std::io::Error),
+    #[error("leaving the volume: {0}: its journal will be replayed by another node or the next mount")]
+    Leave(fs_core::FsError),
+}
+
+/// Mounts and serves until the mount point is gone. `ready` is called once the mount is usable.
+pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let dir = std::fs::canonicalize(dir).map_err(|source| std::io::Error::new(source.kind(), format!("{}: {source}", dir.display())))?;
+    let known = Arc::new(KnownInodes::default());
+    let volume = runtime.block_on(open_volume(device, options, known.clone()))?;
+    let mut spec = MountSpec::new(device, "clusterfs", &dir);
+    // The kernel need not doubt access times: the volume keeps them.
+    spec.flags = options.flags | libc::MS_NOATIME;
+    let session = match Session::mount(&spec) {
+        Ok(session) => Arc::new(session),
+        Err(e) => {
+            // Nothing was changed; leaving frees the slot for others.
+            let _ = runtime.block_on(volume.unmount());
+            return Err(e.into());
+        }
+    };
+    known.mounted(session.notifier());
+    let begun = Arc::new(Notify::new());
+    let server = Server { volume: volume.clone(), known, runtime: runtime.handle().clone(), ready: begun.clone() };
+    let serving = {
+        let session = session.clone();
+        std::thread::Builder::new().name("fuse".into()).spawn(move || session.run(Arc::new(server), READERS))?
+    };
+    runtime.spawn(unmount_on_signal(session.clone()));
+    runtime.block_on(begun.notified());
+    ready();
+    let served = serving.join().map_err(|_| std::io::Error::other("the thread that serves the kernel panicked"))?;
+    let left = runtime.block_on(volume.unmount());
+    served?;
+    left.map_err(Error::Leave)
+}
+
+async fn open_volume(device: &str, options: &Options, known: Arc<KnownInodes>) -> Result<Arc<Volume>, Error> {
+    let dev = open_device(device).await?;
+    let cfg = MountConfig {
+        device: dev,
+        net: hint_net(device, options.hints).await,
+        clock: Arc::new(HostClock),
+        kernel: Arc::new(KernelView(known)),
+        host_name: options.host.clone().unwrap_or_else(host_name),
+        seed: random_seed()?,
+        read_only: options.read_only,
+        atime: options.atime,
+        cache_bytes: options.cache_bytes,
+        dirty_bytes: options.dirty_bytes,
+    };
+    Ok(Volume::mount(cfg).await?)
+}
+
+async fn open_device(device: &str) -> Result<Arc<dyn BlockDevice>, Error> {
+    if device.starts_with("iscsi://") {
+        return Err(Error::Iscsi);
+    }
+    let dev = ImageFile::open(device, OpenMode::ReadWrite)?;
+    match read_superblock(dev.as_ref()).await {
+        // The image was moved to a filesystem that wants larger sectors: go through its page cache.
+        Err(MountError::SectorSize { volume, .. }) => {
+            drop(dev);
+            Ok(ImageFile::open_with_sector_size(device, OpenMode::ReadWrite, volume)?)
+        }
+        Err(e) => Err(e.into()),
+        Ok(_) => Ok(dev),
+    }
+}
+
+async fn hint_net(device: &str, hints: Hints) -> Option<Arc<dyn HintNet>> {
+    let at = match hints {
+        Hints::Off => return None,
+        Hints::At(at) => at,
+        Hints::Auto => {
+            let file = std::fs::metadata(device).is_ok_and(|m| m.is_file());
+            let ip = if file { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { primary_address()? };
+            SocketAddr::new(ip, 0)
+        }
+    };
+    match UdpHints::bind(at, at.ip()).await {
+        Ok(net) => Some(Arc::new(net)),
+        Err(e) => {
+            tracing::warn!("no hints ({at}: {e}): handovers go through the device only");
+            None
+        }
+    }
+}
+
+/// The address this host uses towards others. Connecting a datagram socket sends nothing.
+fn primary_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9)).ok()?;
+    socket.local_addr().ok().map(|a| a.ip()).filter(|ip| !ip.is_unspecified())
+}
+
+fn host_name() -> String {
+    let mut buf = [0u8; 65];
+    // SAFETY: the buffer is as long as said; the last byte stays zero.
+    let ok = unsafe { libc::gethostname(buf.as_mut_ptr().cast(), buf.len() - 1) } == 0;
+    let end = buf.iter().position(|b| *b == 0).unwrap_or(0);
+    if ok { String::from_utf8_lossy(&buf[..end]).into_owned() } else { "unknown".into() }
+}
+
+fn random_seed() -> std::io::Result<u64> {
+    let mut seed = [0u8; 8];
+    // SAFETY: the buffer is as long as said.
+    let n = unsafe { libc::getrandom(seed.as_mut_ptr().cast(), seed.len(), 0) };
+    if n == seed.len() as isize { Ok(u64::from_ne_bytes(seed)) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// SIGTERM and SIGINT unmount; a busy mount point is taken out of the tree and served until its last user is gone.
+async fn unmount_on_signal(session: Arc<Session>) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else { return };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+    let unmount = move || match session.unmount(UnmountMode::Plain) {
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+            tracing::warn!("the mount point is in use: it is detached, and served until its users are done");
+            session.unmount(UnmountMode::Detach)
+        }
+        r => r,
+    };
+    if let Ok(Err(e)) = tokio::task::spawn_blocking(unmount).await {
+        tracing::error!("cannot unmount: {e}");
+    }
+}
