@@ -77,7 +77,9 @@ impl Write for Syslog {
         let text: Vec<u8> = line.iter().copied().filter(|b| *b != 0 && *b != b'\n').collect();
         if let Ok(text) = std::ffi::CString::new(text) {
             // SAFETY: both strings end with a zero byte; "%s" takes exactly one string.
-            unsafe { libc::syslog(libc::LOG_DAEMON | libc::LOG_WARNING, c"mount.clusterfs: %s".as_ptr(), text.as_ptr()) };
+            unsafe {
+                libc::syslog(libc::LOG_DAEMON | libc::LOG_WARNING, c"mount.clusterfs: %s".as_ptr(), text.as_ptr())
+            };
         }
         Ok(line.len())
     }

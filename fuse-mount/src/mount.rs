@@ -23,7 +23,9 @@ const READERS: usize = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("iSCSI devices are not supported by this build: log in with the kernel's initiator and name the block device")]
+    #[error(
+        "iSCSI devices are not supported by this build: log in with the kernel's initiator and name the block device"
+    )]
     Iscsi,
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -42,7 +44,8 @@ pub enum Error {
 /// Mounts and serves until the mount point is gone. `ready` is called once the mount is usable.
 pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let dir = std::fs::canonicalize(dir).map_err(|source| std::io::Error::new(source.kind(), format!("{}: {source}", dir.display())))?;
+    let dir = std::fs::canonicalize(dir)
+        .map_err(|source| std::io::Error::new(source.kind(), format!("{}: {source}", dir.display())))?;
     let known = Arc::new(KnownInodes::default());
     let volume = runtime.block_on(open_volume(device, options, known.clone()))?;
     let mut spec = MountSpec::new(device, "clusterfs", &dir);
@@ -148,7 +151,9 @@ fn random_seed() -> std::io::Result<u64> {
 
 /// SIGTERM and SIGINT unmount; a busy mount point is taken out of the tree and served until its last user is gone.
 async fn unmount_on_signal(session: Arc<Session>) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else { return };
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return;
+    };
     tokio::select! {
         _ = term.recv() => {}
         _ = int.recv() => {}

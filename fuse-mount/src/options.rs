@@ -61,8 +61,24 @@ pub struct Options {
 
 /// Options that mean something to mount(8), fstab or systemd, and nothing to a helper.
 const FOR_OTHERS: [&str; 18] = [
-    "defaults", "auto", "noauto", "_netdev", "nofail", "user", "nouser", "users", "owner", "group", "async", "rw", "suid",
-    "dev", "exec", "loud", "silent", "strictatime",
+    "defaults",
+    "auto",
+    "noauto",
+    "_netdev",
+    "nofail",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "async",
+    "rw",
+    "suid",
+    "dev",
+    "exec",
+    "loud",
+    "silent",
+    "strictatime",
 ];
 
 impl Options {
@@ -130,7 +146,9 @@ fn size(name: &str, v: &str) -> Result<usize, String> {
 fn address(v: &str) -> Result<SocketAddr, String> {
     let with_port = v.parse::<SocketAddr>().ok();
     let alone = v.parse::<std::net::IpAddr>().ok().map(|ip| SocketAddr::new(ip, 0));
-    with_port.or(alone).ok_or_else(|| format!("option 'hints={v}': give an address of this host, as in hints=192.0.2.7 or hints=192.0.2.7:7777"))
+    with_port.or(alone).ok_or_else(|| {
+        format!("option 'hints={v}': give an address of this host, as in hints=192.0.2.7 or hints=192.0.2.7:7777")
+    })
 }
 
 #[cfg(test)]
@@ -144,7 +162,8 @@ mod tests {
 
     #[test]
     fn what_mount_passes_is_taken() {
-        let o = parse(&["-o", "rw,_netdev,nofail,x-systemd.automount,noatime,nosuid", "-o", "cache=32M"]).expect("options");
+        let o =
+            parse(&["-o", "rw,_netdev,nofail,x-systemd.automount,noatime,nosuid", "-o", "cache=32M"]).expect("options");
         assert_eq!((o.read_only, o.atime, o.cache_bytes, o.flags), (false, Atime::Never, 32 << 20, libc::MS_NOSUID));
         assert!(parse(&["-r"]).expect("options").read_only);
         assert!(parse(&["-o", "ro"]).expect("options").flags & libc::MS_RDONLY != 0);
@@ -161,7 +180,10 @@ mod tests {
 
     #[test]
     fn addresses_with_and_without_port() {
-        assert_eq!(parse(&["-o", "hints=127.0.0.1:99"]).expect("options").hints, Hints::At("127.0.0.1:99".parse().expect("address")));
+        assert_eq!(
+            parse(&["-o", "hints=127.0.0.1:99"]).expect("options").hints,
+            Hints::At("127.0.0.1:99".parse().expect("address"))
+        );
         assert_eq!(parse(&["-o", "nohints"]).expect("options").hints, Hints::Off);
     }
 }

@@ -37,6 +37,10 @@ impl Frame {
         let block = at(s, self.block, n.child(index))?;
         let lower = at(s, self.block, n.key(index))?;
         let upper = if index + 1 < n.count() { Some(at(s, self.block, n.key(index + 1))?) } else { self.upper };
+        // A walk that goes on from a child's upper bound ends only if bounds grow.
+        if upper.is_some_and(|u| u <= lower) {
+            return Err(s.damaged(self.block, "keys are not in order"));
+        }
         load(s, block, self.level - 1, lower, upper).await
     }
 }
@@ -70,7 +74,11 @@ pub(super) async fn descend<R: NodeRead>(s: &R, root: Root, key: &RawKey) -> Res
             break;
         }
         f.index = at(s, f.block, f.open(s)?.covering(key))?;
-        next = Some(f.child(s, f.index).await?);
+        let child = f.child(s, f.index).await?;
+        if child.upper.is_some_and(|u| u <= *key) {
+            return Err(s.damaged(f.block, "keys are not in order"));
+        }
+        next = Some(child);
         path.push(f);
     }
     Ok(path)

@@ -8,6 +8,7 @@ use cluster::LockId;
 use journal::block::{BlockHeader, BlockKind};
 use journal::{BLOCK_SIZE, Block};
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use super::node::{Node, UNDERFULL};
 use super::*;
@@ -20,6 +21,14 @@ struct Store {
     nodes: BTreeMap<u64, Arc<Block>>,
     next: u64,
     prefetched: std::cell::RefCell<Vec<Vec<u64>>>,
+    /// Nodes read since [`Store::expect_an_end`], which no single call may make many of: a loop fails instead of hanging.
+    read: std::cell::Cell<u64>,
+}
+
+impl Store {
+    fn expect_an_end(&self) {
+        self.read.set(0);
+    }
 }
 
 impl NodeRead for Store {
@@ -27,6 +36,8 @@ impl NodeRead for Store {
         FsError::damaged(LockId::Domain(1), format!("block {block}: {why}"))
     }
     async fn node(&self, block: u64) -> Result<Arc<Block>> {
+        self.read.set(self.read.get() + 1);
+        assert!(self.read.get() < 1_000_000, "the tree is walked without end");
         self.nodes.get(&block).cloned().ok_or_else(|| self.damaged(block, "not there"))
     }
     async fn prefetch(&self, blocks: &[u64]) -> Result<()> {
@@ -209,6 +220,7 @@ proptest! {
             let _ = warm(&s, root, &Key::MIN, &Key::MAX).await;
             let _ = for_each_node(&s, root, &mut |_, _| ()).await;
             for op in ops.iter().take(60) {
+                s.expect_an_end();
                 // A store whose node went missing answers with an error too, so every outcome but a panic is fine; a
                 // failed change is dropped, as a transaction would be.
                 let (mut t, mut troot) = (s.clone(), root);
@@ -224,6 +236,42 @@ proptest! {
             }
         });
     }
+}
+
+/// Separators out of order lead from a leaf to one further left: a walk that goes on from its upper bound never ends.
+#[test]
+fn separators_in_disorder_end_every_walk() {
+    run(async {
+        let (mut whole, mut root) = (Store::default(), Root::default());
+        for i in 0..1500 {
+            insert(&mut whole, &mut root, &key(i), &[1; 90]).await.unwrap();
+        }
+        assert_eq!(root.levels, 2);
+        let n = Node::open(&whole.nodes[&root.block], 2).unwrap();
+        let keys: Vec<_> = (0..n.count()).map(|i| n.key(i).unwrap()).collect();
+        let mut refused = 0;
+        let mut random = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+        for _ in 0..2000 {
+            let (mut s, root) = (whole.clone(), root);
+            for _ in 0..random.random_range(1..8) {
+                let (i, j) = (random.random_range(1..keys.len()), random.random_range(0..keys.len()));
+                let block = s.node_mut(root.block).await.unwrap();
+                super::node::set_key(block, 2, i, &keys[j]).unwrap();
+                // and the leaves' first keys follow, so that only the order is wrong
+                let leaf = Node::open(&s.nodes[&root.block], 2).unwrap().child(i).unwrap();
+                super::node::set_key(s.node_mut(leaf).await.unwrap(), 1, 0, &keys[j]).unwrap();
+            }
+            for from in (0..1500).step_by(50) {
+                s.expect_an_end();
+                let _ = scan(&s, root, key(from), Key::MAX, usize::MAX).await;
+                let _ = last_at_or_before(&s, root, &key(from)).await;
+                let (mut t, mut troot) = (s.clone(), root);
+                refused += u32::from(remove_range(&mut t, &mut troot, &key(from), &Key::MAX, 1).await.is_err());
+                let _ = remove_range(&mut t, &mut troot, &key(from), &Key::MAX, usize::MAX).await;
+            }
+        }
+        assert!(refused > 0);
+    });
 }
 
 #[test]
