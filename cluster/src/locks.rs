@@ -320,7 +320,8 @@ impl Shared {
             if to == Some(held.grant.mode) {
                 return None;
             }
-            let event = Event::Release { to, value: how.value, open: how.open, cleaned: held.crashes };
+            let cleaned = if how.cleaned { held.crashes } else { 0 };
+            let event = Event::Release { to, value: how.value, open: how.open, cleaned };
             match to {
                 Some(to) => {
                     held.grant.mode = to;

@@ -136,7 +136,8 @@ fn purge(b: &mut LockBlock, table: &SlotTable) {
     let mut crashes = b.crashes;
     b.entries.retain(|slot, e| {
         let life = table.life(NodeId { slot: *slot, incarnation: e.incarnation });
-        let died = life == Life::EndedCrash && e.held == Some(Mode::Exclusive);
+        // It may have had unnamed files open, in whatever mode it held the lock.
+        let died = life == Life::EndedCrash && e.held.is_some();
         // Orphans that it kept open are nobody's now, however it ended.
         let orphans = life != Life::Current && e.open;
         crashes = crashes.saturating_add(u8::from(died || orphans));

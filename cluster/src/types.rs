@@ -69,7 +69,7 @@ pub struct Grant {
     /// Another live node said, when it gave the lock up, that it has files of this domain open: what is unlinked
     /// must be kept as an orphan.
     pub open_elsewhere: bool,
-    /// The latest exclusive holder died without giving the lock up (its journal has been replayed): look for leftovers.
+    /// A holder died without giving the lock up (its journal has been replayed): look for leftovers.
     pub after_crash: bool,
 }
 
@@ -82,4 +82,6 @@ pub struct Release {
     pub value: Option<LockValue>,
     /// This node still has files of the domain open.
     pub open: bool,
+    /// What crashes left behind, if the grant told of any, has been seen to.
+    pub cleaned: bool,
 }

@@ -25,6 +25,8 @@ pub struct Domain {
     pub cached_tenure: Mutex<Option<Tenure>>,
     /// An earlier revocation left the open flag in the lock block.
     pub open_flagged: Mutex<bool>,
+    /// Under this tenure there may be unnamed files that only dead nodes had open.
+    pub leftovers: Mutex<Option<Tenure>>,
 }
 
 /// Contents of one page that the device does not have yet.
@@ -92,6 +94,7 @@ impl Domain {
             files: Mutex::new(BTreeMap::new()),
             cached_tenure: Mutex::new(None),
             open_flagged: Mutex::new(false),
+            leftovers: Mutex::new(None),
         })
     }
 
@@ -117,6 +120,10 @@ impl Domain {
 
     pub fn overlay(&self, local: u64, inode: &mut Inode) {
         self.file(local, |s| s.overlay(inode));
+    }
+
+    pub fn has_leftovers(&self) -> bool {
+        self.leftovers.lock().is_some()
     }
 
     pub fn has_opens(&self) -> bool {

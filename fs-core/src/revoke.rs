@@ -6,7 +6,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use cluster::{Grant, LockClient, LockId, LockValue, Mode, NodeId, Release};
+use cluster::{Grant, LockClient, LockId, LockValue, Mode, NodeId, Release, Tenure};
 
 use crate::alloc::Group;
 use crate::error::{FsError, Result};
@@ -70,15 +70,20 @@ impl Volume {
                 continue;
             }
             if let Err(e) = self.take_over(hold, grant).await {
-                let keep = Release { to: None, value: None, open: false };
+                let keep = Release { to: None, value: None, open: false, cleaned: false };
                 let _ = self.node.release(hold.id, keep).await;
                 return Err(e);
             }
-            if hold.granted(grant)
-                && let Some(volume) = self.me.upgrade()
-            {
-                let hold = hold.clone();
+            let demanded = hold.granted(grant);
+            let Some(volume) = self.me.upgrade() else { return Ok(()) };
+            if demanded {
+                let (volume, hold) = (volume.clone(), hold.clone());
                 tokio::spawn(async move { volume.revoke(hold).await });
+            }
+            if let LockId::Domain(d) = hold.id
+                && self.domain(d).has_leftovers()
+            {
+                tokio::spawn(async move { volume.clear_leftovers(d, grant.tenure).await });
             }
             return Ok(());
         }
@@ -94,6 +99,8 @@ impl Volume {
                     self.store.forget(hold.id);
                 }
                 *domain.open_flagged.lock() = false;
+                let may_clean = grant.mode == Mode::Exclusive && !self.read_only;
+                *domain.leftovers.lock() = (may_clean && grant.after_crash).then_some(grant.tenure);
                 Ok(())
             }
             LockId::Group(g) => {
@@ -140,7 +147,7 @@ impl Volume {
         self.journal.settle(hold.id).await.map_err(|e| self.journal_failed(e))?;
         self.reap();
         let open = to.is_none() && domain.has_opens();
-        self.node.release(hold.id, Release { to, value: None, open }).await?;
+        self.node.release(hold.id, Release { to, value: None, open, cleaned: !domain.has_leftovers() }).await?;
         *domain.open_flagged.lock() = open;
         hold.lowered(to);
         Ok(())
@@ -160,7 +167,7 @@ impl Volume {
         self.reap();
         let free = self.alloc.remove(group).unwrap_or(0);
         let value = Some(LockValue { root: free, next_local: 0 });
-        self.node.release(hold.id, Release { to: None, value, open: false }).await?;
+        self.node.release(hold.id, Release { to: None, value, open: false, cleaned: true }).await?;
         hold.lowered(None);
         Ok(())
     }
@@ -176,6 +183,21 @@ impl Volume {
         let hold = self.hold(id);
         if hold.begin_giving_up() {
             self.revoke(hold).await;
+        }
+    }
+
+    /// Nodes that had unnamed files of the domain open have died: what only they had open is freed. Ended early by a
+    /// revocation it starts over with the next exclusive grant, here or elsewhere.
+    async fn clear_leftovers(&self, domain: u32, tenure: Tenure) {
+        match self.reclaim_orphans(domain).await {
+            Ok(()) => {
+                let domain = self.domain(domain);
+                let mut leftovers = domain.leftovers.lock();
+                if *leftovers == Some(tenure) {
+                    *leftovers = None;
+                }
+            }
+            Err(e) => tracing::warn!(node = %self.node(), domain, "unnamed files of a dead node stay for now: {e}"),
         }
     }
 

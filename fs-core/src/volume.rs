@@ -108,7 +108,7 @@ impl Volume {
     pub async fn mount(cfg: MountConfig) -> std::result::Result<Arc<Self>, MountError> {
         let superblock = read_superblock(cfg.device.as_ref()).await?;
         let layout = superblock.layout();
-        let recoverer = Arc::new(JournalRecoverer { device: cfg.device.clone(), layout });
+        let recoverer = Arc::new(JournalRecoverer::new(cfg.device.clone(), layout));
         let node = Node::join(JoinConfig {
             device: cfg.device.clone(),
             layout: layout.cluster(),

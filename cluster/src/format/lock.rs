@@ -53,7 +53,7 @@ pub struct LockBlock {
     pub previous_tenure: Tenure,
     pub nonce: u64,
     pub value: LockValue,
-    /// How often an exclusive holder died, or a node that had files open ended, since an exclusive holder that knew of
+    /// How often a holder died, or a node that had files open ended, since an exclusive holder that knew of
     /// all of them last gave the lock up in order: if not 0 there may be leftovers.
     pub crashes: u8,
     /// Only slots with a part in the lock.

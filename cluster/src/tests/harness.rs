@@ -149,7 +149,7 @@ impl LockClient for Client {
             let _pin = pins.lock().await;
             let Some(grant) = node.held(id) else { return };
             let to = (wanted == Mode::Shared && grant.mode == Mode::Exclusive).then_some(Mode::Shared);
-            let _ = node.release(id, Release { to, value: None, open }).await;
+            let _ = node.release(id, Release { to, value: None, open, cleaned: true }).await;
             oracle.check(id);
         });
     }
@@ -188,7 +188,7 @@ impl Peer {
     }
 
     pub async fn give(&self, id: LockId, to: Option<Mode>) {
-        self.give_with(id, Release { to, value: None, open: false }).await;
+        self.give_with(id, Release { to, value: None, open: false, cleaned: true }).await;
     }
 
     pub async fn give_with(&self, id: LockId, how: Release) {

@@ -21,7 +21,8 @@ async fn uncontended_acquire_costs_one_read_and_one_compare_and_write() {
     tokio::time::sleep(Duration::from_secs(20)).await;
     assert_eq!(a.take(D, Mode::Shared).await, grant);
     assert_eq!(a.io(), after);
-    a.give_with(D, Release { to: None, value: Some(LockValue { root: 5, next_local: 6 }), open: false }).await;
+    a.give_with(D, Release { to: None, value: Some(LockValue { root: 5, next_local: 6 }), open: false, cleaned: true })
+        .await;
     assert_eq!(a.io().compare_and_writes, after.compare_and_writes + 1);
     assert_eq!(a.io().reads, after.reads);
     assert_eq!(w.lock(D).value, LockValue { root: 5, next_local: 6 });

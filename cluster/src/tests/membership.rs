@@ -104,7 +104,12 @@ async fn a_lock_is_created_over_garbage_and_over_its_former_self() {
     assert_eq!((grant.mode, grant.value), (Mode::Exclusive, LockValue { root: 4711, next_local: 0 }));
     assert_eq!(w.lock(FRESH).held_by(a.id()), Some(Mode::Exclusive));
     // The domain is freed; the lock stays cached at a until b makes a new domain of it.
-    let freed = Release { to: Some(Mode::Shared), value: Some(LockValue { root: 0, next_local: 12 }), open: false };
+    let freed = Release {
+        to: Some(Mode::Shared),
+        value: Some(LockValue { root: 0, next_local: 12 }),
+        open: false,
+        cleaned: true,
+    };
     a.node.release(FRESH, freed).await.unwrap();
     let again = b.node.create(FRESH, value).await.unwrap();
     assert_eq!(again.value, LockValue { root: 4711, next_local: 12 });

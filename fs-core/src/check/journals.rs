@@ -23,7 +23,7 @@ pub(super) async fn read(
     report: &mut Report,
     tell: Notify<'_>,
 ) -> bool {
-    let locks = JournalRecoverer { device: r.dev.clone(), layout: *layout };
+    let locks = JournalRecoverer::new(r.dev.clone(), *layout);
     let mut good = true;
     for slot in 0..layout.nodes {
         tell(Progress { phase: "journals", done: slot.into(), total: layout.nodes.into() });

@@ -72,7 +72,7 @@ impl Volume {
             return;
         }
         let value = next_local.map(|next_local| LockValue { root: 0, next_local });
-        let given = self.node.release(domain.lock_id(), Release { to: None, value, open: false }).await;
+        let given = self.node.release(domain.lock_id(), Release { to: None, value, open: false, cleaned: true }).await;
         if let Err(e) = given {
             tracing::error!(node = %self.node(), lock = %domain.lock_id(), "cannot give up the lock of a freed domain: {e}");
             return;

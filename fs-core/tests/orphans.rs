@@ -1,0 +1,102 @@
+//! Files without a name that some node has open: they stay usable, and their space comes back once nobody has them open,
+//! whoever dies in between.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{WHO, check_clean, dir, disk, file, mount, mount_on};
+use fs_core::{FsError, ROOT_INO, Volume, WriteOptions};
+
+const SIZE: usize = 1 << 20;
+
+/// A directory with one large file, open on `opener`.
+async fn open_file(opener: &Volume) -> (u64, u64) {
+    let d = opener.mkdir(WHO, ROOT_INO, b"box", dir()).await.expect("mkdir").value.ino;
+    let f = opener.mknod(WHO, d, b"msg", file(), true).await.expect("create").value.ino;
+    opener.write(f, 0, &[9; SIZE], WriteOptions::default()).await.expect("write");
+    opener.fsync(f, false).await.expect("fsync");
+    (d, f)
+}
+
+/// Waits until the inode is freed; that its blocks are, too, is for the check of the whole volume to see.
+async fn goes(v: &Arc<Volume>, f: u64) {
+    for _ in 0..100 {
+        if matches!(v.getattr(f).await, Err(FsError::Stale)) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("the unnamed file is still there");
+}
+
+#[tokio::test(start_paused = true)]
+async fn unlinked_elsewhere_and_closed() {
+    let disk = disk(64 << 20).await;
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.expect("unlink");
+    assert_eq!(a.read(f, 0, SIZE as u32).await.expect("open files stay readable").value, [9; SIZE]);
+    a.write(f, 0, b"more", WriteOptions::default()).await.expect("and writable");
+    assert_eq!(a.getattr(f).await.expect("getattr").value.inode.links, 0);
+    a.release(f).await;
+    goes(&b, f).await;
+    a.unmount().await.expect("unmount");
+    b.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_opener_dies() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let (a, b) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await);
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.expect("unlink");
+    assert_eq!(a.read(f, 0, 10).await.expect("open files stay readable").value, [9; 10]);
+    dev.crash();
+    b.mknod(WHO, d, b"next", file(), false).await.expect("the domain is used again");
+    goes(&b, f).await;
+    b.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_unlinker_dies() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("b");
+    let (a, b) = (mount(&disk, "a").await, mount_on(dev.clone(), "b").await);
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.expect("unlink");
+    b.sync().await.expect("sync");
+    dev.crash();
+    assert_eq!(a.read(f, 0, SIZE as u32).await.expect("open files stay readable").value, [9; SIZE]);
+    a.release(f).await;
+    goes(&a, f).await;
+    a.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+}
+
+/// The next exclusive holder may lose the domain before it has cleaned up: then the one after it does.
+#[tokio::test(start_paused = true)]
+async fn cleaning_up_is_handed_on() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let (a, b, c) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await, mount(&disk, "c").await);
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.expect("unlink");
+    assert_eq!(a.read(f, 0, 10).await.expect("open files stay readable").value, [9; 10]);
+    dev.crash();
+    for i in b'a'..b'u' {
+        // A result kept would keep its node's lock.
+        let made = |v: Arc<Volume>, name: [u8; 2]| async move { v.mknod(WHO, d, &name, file(), false).await.map(drop) };
+        let (one, other) = tokio::join!(made(b.clone(), [b'n', i]), made(c.clone(), [b'o', i]));
+        one.expect("b works on");
+        other.expect("c works on");
+    }
+    goes(&b, f).await;
+    b.unmount().await.expect("unmount");
+    c.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+}
