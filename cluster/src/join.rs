@@ -11,7 +11,6 @@ use blockdev::{BlockDevice, DevError, IoClass};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -21,6 +20,7 @@ use crate::lease::{Guarded, Lease};
 use crate::node::{Shared, State, change_slot};
 use crate::table::SlotTable;
 use crate::watch::{Round, Verdict, Watches};
+use crate::watched::Watched;
 use crate::{ClusterError, Incarnation, JoinConfig, MAX_NODES, NodeId, Result};
 
 /// How an attempt at one slot ended.
@@ -209,16 +209,16 @@ impl Joiner {
             net: self.cfg.net.clone(),
             recoverer: self.cfg.recoverer.clone(),
             client: OnceLock::new(),
-            state: watch::Sender::new(State::Live),
+            state: Watched::new(State::Live),
             rng: Mutex::new(StdRng::seed_from_u64(self.rng.next_u64())),
             table: Mutex::new(table),
-            table_version: watch::Sender::new(0),
+            table_version: Watched::new(0),
             locks: Mutex::new(BTreeMap::new()),
             bells: Mutex::new(BTreeMap::new()),
             hints_work: Mutex::new(BTreeMap::new()),
             hint_counter: Mutex::new(0),
             hint_windows: Mutex::new(BTreeMap::new()),
-            recovering: watch::Sender::new(BTreeSet::new()),
+            recovering: Watched::new(BTreeSet::new()),
             stats: Default::default(),
             tasks: Mutex::new(JoinSet::new()),
         });

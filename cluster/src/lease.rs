@@ -12,12 +12,13 @@ use blockdev::{
     AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, Geometry, IoClass, Presence, Result,
 };
 use parking_lot::Mutex;
-use tokio::sync::watch;
 use tokio::time::Instant;
+
+use crate::watched::Watched;
 
 pub(crate) struct Lease {
     until: Mutex<Option<Instant>>,
-    over: watch::Sender<bool>,
+    over: Watched<bool>,
     in_flight: AtomicU64,
     /// Writes whose outcome nobody waited for, or which ended as unknown: they may still arrive.
     stray: AtomicBool,
@@ -27,7 +28,7 @@ impl Lease {
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
             until: Mutex::new(None),
-            over: watch::Sender::new(false),
+            over: Watched::new(false),
             in_flight: AtomicU64::new(0),
             stray: AtomicBool::new(false),
         })
@@ -55,14 +56,12 @@ impl Lease {
     }
 
     pub fn end(&self) {
-        self.over.send_replace(true);
+        self.over.replace(true);
     }
 
     /// Waits until the lease was ended (not until it runs out).
     pub async fn ended(&self) {
-        let mut over = self.over.subscribe();
-        // The sender lives as long as self.
-        let _ = over.wait_for(|over| *over).await;
+        self.over.wait_for(|over| *over).await;
     }
 
     /// No write of this node can arrive any more, as far as it can tell itself.

@@ -26,6 +26,7 @@ pub mod transitions;
 mod types;
 pub mod udp;
 mod watch;
+mod watched;
 
 use std::sync::Arc;
 

@@ -230,7 +230,7 @@ impl Shared {
             Asked::Waits(block) => block,
         };
         self.stats.waits.one();
-        let mut table = self.table_version.subscribe();
+        let mut known = *self.table_version.borrow();
         let mut interval = self.timeouts.doorbell();
         let longest = (4 * interval).min(LONGEST_WAIT).max(interval);
         let mut rung = self.tell(id, &block, false);
@@ -240,7 +240,10 @@ impl Shared {
                 biased;
                 why = self.not_live() => return Err(why),
                 () = wake.notified() => false,
-                _ = table.changed() => false,
+                now = self.table_version.wait_for(|v| *v != known) => {
+                    known = now;
+                    false
+                }
                 () = sleep(interval) => true,
             };
             match self.ask(id, mode, &op, false).await? {

@@ -7,7 +7,6 @@ use blockdev::{AlignedBuf, BlockDevice, Caw, DevError, IoClass};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use crate::lease::{Guarded, Lease};
 use crate::locks::Local;
 use crate::stats::{Counters, LockStats};
 use crate::table::SlotTable;
+use crate::watched::Watched;
 use crate::{
     ClusterError, Grant, HintNet, JoinConfig, Layout, LockBlock, LockClient, LockId, LockValue, Mode, NodeId,
     Recoverer, Release, Result, Slot, Timeouts, doorbell,
@@ -44,11 +44,11 @@ pub(crate) struct Shared {
     pub net: Option<Arc<dyn HintNet>>,
     pub recoverer: Arc<dyn Recoverer>,
     pub client: OnceLock<Arc<dyn LockClient>>,
-    pub state: watch::Sender<State>,
+    pub state: Watched<State>,
     pub rng: Mutex<StdRng>,
     pub table: Mutex<SlotTable>,
     /// Bumped when the table learned that something ended, or of new nodes.
-    pub table_version: watch::Sender<u64>,
+    pub table_version: Watched<u64>,
     pub locks: Mutex<BTreeMap<LockId, Local>>,
     pub bells: Mutex<BTreeMap<Slot, Arc<doorbell::Bell>>>,
     /// Hints of these nodes' slots arrive; the doorbell can wait a little.
@@ -56,7 +56,7 @@ pub(crate) struct Shared {
     pub hint_counter: Mutex<u64>,
     pub hint_windows: Mutex<BTreeMap<Slot, ReplayWindow>>,
     /// Recoveries under way here, by victim.
-    pub recovering: watch::Sender<std::collections::BTreeSet<Slot>>,
+    pub recovering: Watched<std::collections::BTreeSet<Slot>>,
     pub stats: Counters,
     pub tasks: Mutex<JoinSet<()>>,
 }
@@ -103,9 +103,8 @@ impl Shared {
 
     /// Waits until the node is no longer live and tells why.
     pub async fn not_live(&self) -> ClusterError {
-        let mut state = self.state.subscribe();
-        match state.wait_for(|s| *s != State::Live).await.map(|s| *s) {
-            Ok(State::Leaving | State::Left) => ClusterError::Leaving,
+        match self.state.wait_for(|s| *s != State::Live).await {
+            State::Leaving | State::Left => ClusterError::Leaving,
             _ => ClusterError::Lapsed,
         }
     }
@@ -113,7 +112,7 @@ impl Shared {
     /// Writes stop now, the locks are gone, the client is told (I12).
     pub fn lapse(&self, why: &str) {
         self.lease.end();
-        let first = self.state.send_if_modified(|s| {
+        let first = self.state.modify_if(|s| {
             let first = !matches!(s, State::Lapsed | State::Left);
             if first {
                 *s = State::Lapsed;
@@ -142,7 +141,7 @@ impl Shared {
     /// Takes in a slot block.
     pub fn learn(&self, block: SlotBlock) {
         if self.table.lock().learn(block) {
-            self.table_version.send_modify(|v| *v += 1);
+            self.table_version.modify(|v| *v += 1);
         }
     }
 
@@ -327,7 +326,7 @@ impl Node {
     /// Clean unmount: ends the incarnation, and with it all its locks at once. Everything must be in its place before.
     pub async fn leave(&self) -> Result<()> {
         let shared = &self.shared;
-        let begun = shared.state.send_if_modified(|s| {
+        let begun = shared.state.modify_if(|s| {
             let live = *s == State::Live;
             if live {
                 *s = State::Leaving;
@@ -338,11 +337,10 @@ impl Node {
             return Err(shared.live().err().unwrap_or(ClusterError::Leaving));
         }
         // A replay that we are doing must not go on after others think that we ended.
-        let mut recovering = shared.recovering.subscribe();
-        let _ = recovering.wait_for(|r| r.is_empty()).await;
+        shared.recovering.wait_for(|r| r.is_empty()).await;
         let result = shared.end_own_incarnation().await;
         if result.is_ok() {
-            shared.state.send_replace(State::Left);
+            shared.state.replace(State::Left);
         } else {
             shared.lapse("the slot could not be given up");
         }

@@ -15,7 +15,7 @@ use crate::{NodeId, Result};
 pub(crate) fn start(shared: &Arc<Shared>, block: SlotBlock) {
     let slot = block.slot;
     // Leaving waits for this to be empty: nothing may be added after it looked.
-    if shared.state.borrow().ne(&State::Live) || !shared.recovering.send_if_modified(|r| r.insert(slot)) {
+    if shared.state.borrow().ne(&State::Live) || !shared.recovering.modify_if(|r| r.insert(slot)) {
         return;
     }
     let task = shared.clone();
@@ -23,7 +23,7 @@ pub(crate) fn start(shared: &Arc<Shared>, block: SlotBlock) {
         if let Err(e) = recover(&task, block).await {
             tracing::warn!(node = %task.me, slot, "recovery: {e}");
         }
-        task.recovering.send_modify(|r| {
+        task.recovering.modify(|r| {
             r.remove(&slot);
         });
     });
