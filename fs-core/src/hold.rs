@@ -129,6 +129,17 @@ impl Hold {
         Ticket { hold: self.clone(), cacheable: false }
     }
 
+    /// For another lock's revocation, which operations that are admitted here may be waiting for: as long as one of them
+    /// is, so that this lock cannot be given up yet, it is admitted too.
+    pub fn join(self: &Arc<Self>) -> Option<Ticket> {
+        let mut s = self.state.lock();
+        let held = s.grant.is_some_and(|g| g.mode == Mode::Exclusive) && (s.tickets > 0 || s.late_tickets > 0);
+        held.then(|| {
+            s.late_tickets += 1;
+            Ticket { hold: self.clone(), cacheable: false }
+        })
+    }
+
     /// Waits until `check` gives something; it is asked again whenever the state changes.
     pub async fn wait_until<T>(&self, mut check: impl FnMut() -> Option<T>) -> T {
         loop {

@@ -110,11 +110,18 @@ impl<'v> Txn<'v> {
         Ok(Self::admit(vol, plan.purpose, admitted).await)
     }
 
-    /// For a revocation that has blocked all other operations of the domain.
-    pub async fn within_revocation(vol: &'v Volume, domain: Arc<Domain>) -> Txn<'v> {
+    /// For a revocation that has blocked all other operations of the domain. The plan may name others too: what is freed
+    /// into groups of other nodes goes to the slot's own domain.
+    pub async fn within_revocation(vol: &'v Volume, domain: Arc<Domain>, plan: &Plan) -> Result<Txn<'v>> {
+        let mut admitted = BTreeMap::new();
+        for (&id, &mode) in plan.domains.iter().filter(|(id, _)| **id != domain.id) {
+            let other = vol.domain(id);
+            let ticket = vol.enter_revoking(&other.hold).await?;
+            admitted.insert(id, (other, mode, ticket));
+        }
         let ticket = domain.hold.revokers_ticket();
-        let one = BTreeMap::from([(domain.id, (domain, Mode::Exclusive, ticket))]);
-        Self::admit(vol, Purpose::Commit, one).await
+        admitted.insert(domain.id, (domain, Mode::Exclusive, ticket));
+        Ok(Self::admit(vol, plan.purpose, admitted).await)
     }
 
     async fn admit(vol: &'v Volume, purpose: Purpose, admitted: BTreeMap<u32, (Arc<Domain>, Mode, Ticket)>) -> Txn<'v> {

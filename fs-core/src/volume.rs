@@ -168,7 +168,6 @@ impl Volume {
 
     async fn write_back_all(&self) -> Result<()> {
         self.check()?;
-        self.carry_out_all_mapped().await?;
         self.flush_everything().await?;
         self.clean_own_slot().await;
         self.flush_everything().await?;
@@ -260,6 +259,16 @@ impl Volume {
         .await
     }
 
+    /// Admits a revocation to another domain that it needs exclusively.
+    pub(crate) async fn enter_revoking(&self, hold: &Arc<Hold>) -> Result<Ticket> {
+        // Operations that the other domain's own revocation waits for may in turn wait for this one.
+        tokio::select! {
+            biased;
+            t = self.enter(hold, Mode::Exclusive) => t,
+            t = hold.wait_until(|| hold.join()) => Ok(t),
+        }
+    }
+
     fn enter_or_acquire(&self, hold: &Arc<Hold>, mode: Mode) -> Entry {
         let entry = hold.try_enter(mode);
         if let (Entry::Acquire(mode), Some(volume)) = (&entry, self.me.upgrade()) {
@@ -272,16 +281,6 @@ impl Volume {
     // ---- the loop of every operation ---------------------------------------------------------------------------
 
     pub(crate) async fn begin(&self, plan: &Plan) -> Result<Txn<'_>> {
-        if plan.writes() {
-            for d in plan.domains.keys() {
-                self.carry_out_mapped(&self.domain(*d)).await?;
-            }
-        }
-        self.begin_unordered(plan).await
-    }
-
-    /// Without waiting for pages of memory maps that came before.
-    pub(crate) async fn begin_unordered(&self, plan: &Plan) -> Result<Txn<'_>> {
         if plan.writes() {
             if self.read_only {
                 return Err(FsError::ReadOnly);

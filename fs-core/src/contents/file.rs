@@ -50,15 +50,13 @@ impl Volume {
         }
     }
 
-    /// Durable on return: file or directory. Changes of other nodes are durable since they gave the domain up.
+    /// Durable on return: file or directory, and every change of names and inodes that this node made before. Contents that
+    /// this node wrote went out when it gave the domain up, as did changes of other nodes.
     pub async fn fsync(&self, ino: u64, _data_only: bool) -> Result<()> {
         self.check()?;
-        self.flush_mapped(ino).await?;
         let domain = self.domain(ino_domain(ino));
-        if domain.hold.grant().is_none_or(|g| g.mode != Mode::Exclusive) {
-            return Ok(());
-        }
-        if domain.file(ino_local(ino), |f| f.dirty()).unwrap_or(false) {
+        let exclusive = domain.hold.grant().is_some_and(|g| g.mode == Mode::Exclusive);
+        if exclusive && domain.file(ino_local(ino), |f| f.dirty()).unwrap_or(false) {
             self.flush_file(ino).await?;
         }
         self.commit().await.map(|_| ())
@@ -66,7 +64,6 @@ impl Volume {
 
     /// Everything durable.
     pub async fn sync(&self) -> Result<()> {
-        self.carry_out_all_mapped().await?;
         self.flush_everything().await
     }
 }
@@ -87,9 +84,7 @@ async fn read(tx: &mut Txn<'_>, ino: u64, offset: u64, len: u32) -> Result<Vec<u
         return Ok(Vec::new());
     }
     note_access(tx, ino, &inode)?;
-    let mut out = tx.read_range(ino, &inode, offset, (end - offset) as usize).await?;
-    tx.domain(ino_domain(ino), Mode::Shared)?.mapped.overlay(ino_local(ino), offset, &mut out);
-    Ok(out)
+    tx.read_range(ino, &inode, offset, (end - offset) as usize).await
 }
 
 /// relatime, where it costs no lock: the new time goes to the tree in the background.
@@ -216,7 +211,7 @@ impl Txn<'_> {
 }
 
 /// Copies what a piece of the file at byte `at` has of the range that `out` stands for at byte `offset`.
-pub(super) fn copy_overlap(out: &mut [u8], offset: u64, at: u64, piece: &[u8]) {
+fn copy_overlap(out: &mut [u8], offset: u64, at: u64, piece: &[u8]) {
     let from = offset.max(at);
     let to = (offset + out.len() as u64).min(at + piece.len() as u64);
     if from < to {
@@ -226,13 +221,11 @@ pub(super) fn copy_overlap(out: &mut [u8], offset: u64, at: u64, piece: &[u8]) {
     }
 }
 
-pub(super) async fn write(tx: &mut Txn<'_>, ino: u64, offset: u64, data: &[u8], how: WriteOptions) -> Result<u64> {
+async fn write(tx: &mut Txn<'_>, ino: u64, offset: u64, data: &[u8], how: WriteOptions) -> Result<u64> {
     let local = ino_local(ino);
     let domain = tx.domain(ino_domain(ino), Mode::Exclusive)?.clone();
     let inode = regular(tx, ino).await?;
     let at = if how.append { inode.size } else { offset };
-    let room = if how.within_size { inode.size.saturating_sub(at) } else { u64::MAX };
-    let data = &data[..data.len().min(room.try_into().unwrap_or(usize::MAX))];
     let end = at.checked_add(data.len() as u64).filter(|e| *e <= SIZE_MAX).ok_or(FsError::TooBig)?;
     if data.is_empty() {
         return Ok(at);

@@ -123,7 +123,7 @@ impl Volume {
     pub(crate) async fn flush_file(&self, number: u64) -> Result<()> {
         let mut plan = Plan::write(&[ino_domain(number)], Purpose::Commit);
         loop {
-            let mut tx = self.begin_unordered(&plan).await?;
+            let mut tx = self.begin(&plan).await?;
             let r = tx.flush_contents(number).await;
             if self.finish(tx, r, &mut plan).await?.is_some() {
                 return Ok(());
@@ -134,9 +134,9 @@ impl Volume {
     /// Flushes everything of a domain whose operations a revocation has blocked.
     pub(crate) async fn flush_domain(&self, domain: &Arc<Domain>) -> Result<()> {
         for local in domain.dirty_files() {
-            let mut plan = Plan::write(&[], Purpose::Commit);
+            let mut plan = Plan::write(&[domain.id], Purpose::Commit);
             loop {
-                let mut tx = Txn::within_revocation(self, domain.clone()).await;
+                let mut tx = Txn::within_revocation(self, domain.clone(), &plan).await?;
                 let r = tx.flush_contents(ino(domain.id, local)).await;
                 if self.finish(tx, r, &mut plan).await?.is_some() {
                     break;

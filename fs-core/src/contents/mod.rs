@@ -9,6 +9,3 @@ mod extents;
 mod file;
 mod flush;
 mod layout_ops;
-mod mapped;
-
-pub use mapped::MappedWrites;
