@@ -1,3 +1,4 @@
 //! Whole-system tests.
 
 pub mod mail;
+pub mod sim;

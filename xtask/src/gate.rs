@@ -1,4 +1,4 @@
-//! The test gate and the demo.
+//! The test gate, the demo and the soak.
 
 use std::process::Command;
 
@@ -31,4 +31,10 @@ pub fn demo(args: &[String]) -> Result<()> {
     let run = ["run", "--release", "--quiet", "--package", "clusterfs-tests", "--bin", "clusterfs-demo", "--"];
     let mut c: Command = cargo();
     crate::run::run(c.args(run).args(args).env(BIN_DIR, bin))
+}
+
+/// The simulator on as many seeds as asked for.
+pub fn soak(args: &[String]) -> Result<()> {
+    let run = ["run", "--release", "--quiet", "--package", "clusterfs-tests", "--bin", "clusterfs-sim", "--", "soak"];
+    crate::run::run(cargo().args(run).args(args))
 }

@@ -37,6 +37,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Random clusters on a simulated device, with crashes, on all cores: see docs/TESTING.md
+    Soak {
+        /// Passed on, such as --seconds 600
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Install the programs so that `mount -t clusterfs` works; needs root for the default prefix
     Install {
         #[arg(long, default_value = "/usr/local")]
@@ -57,6 +63,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::setup(),
         Task::Demo { args } => gate::demo(&args),
         Task::Test { args } => gate::test(&args),
+        Task::Soak { args } => gate::soak(&args),
         Task::Install { prefix } => install::install(&prefix),
         Task::Uninstall { prefix } => install::uninstall(&prefix),
     };

@@ -1,0 +1,179 @@
+//! A run from its beginning to its end: the accidents, and the checks when all is over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockdev::BlockDevice;
+use blockdev::sim::OpKind;
+use fs_core::ROOT_INO;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::client::{Client, DIR, WHO};
+use super::mail::{Mail, Mailer};
+use super::world::{Outcome, Stop, World};
+
+/// Runs a whole seed.
+pub async fn live(world: Arc<World>) -> Result<(), String> {
+    let failed = {
+        let world = world.clone();
+        async move {
+            loop {
+                let failed = world.failed.notified();
+                tokio::pin!(failed);
+                failed.as_mut().enable();
+                if world.failure().is_some() {
+                    return;
+                }
+                failed.await;
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        () = failed => {}
+        done = whole(&world) => {
+            if done == Err(Stop::Down) {
+                return Err("a node died that nobody killed".into());
+            }
+        }
+    }
+    match world.failure() {
+        Some(what) => Err(what),
+        None => Ok(()),
+    }
+}
+
+async fn whole(world: &Arc<World>) -> Outcome<()> {
+    let mut rng = StdRng::seed_from_u64(world.setup.seed ^ 0xfa7e);
+    let Some(first) = world.start(0, None).await? else { return Err(Stop::Down) };
+    let mail = Mail::make(world, &first, ROOT_INO).await?;
+    let mut roots = Vec::new();
+    for c in 0..world.setup.clients {
+        let name = format!("tree{c}");
+        let made = world.done(&first, "mkdir", first.volume.mkdir(WHO, ROOT_INO, name.as_bytes(), DIR)).await?;
+        roots.push(made.value.ino);
+    }
+    world.done(&first, "sync", first.volume.sync()).await?;
+    for index in 1..world.setup.hosts {
+        world.start(index, None).await?;
+    }
+    let (mut clients, mut mailers) = (JoinSet::new(), JoinSet::new());
+    for (i, root) in roots.into_iter().enumerate() {
+        clients.spawn(Client::new(world.clone(), i, root).live());
+    }
+    for i in 0..world.setup.mailers {
+        mailers.spawn(Mailer::new(world.clone(), mail.clone(), i).live());
+    }
+    accidents(world, &mut rng).await?;
+    world.over.store(true, std::sync::atomic::Ordering::Relaxed);
+    world.changed.notify_waiters();
+    let mut all = Vec::new();
+    while let Some(client) = clients.join_next().await {
+        all.push(client.map_err(|e| world.fail(format!("a client ended: {e}")))?);
+    }
+    while mailers.join_next().await.is_some() {}
+    end(world, &mut rng, all, mail).await
+}
+
+/// What happens while the clients work.
+async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
+    let end = Instant::now() + world.setup.span;
+    while Instant::now() < end && world.failure().is_none() {
+        let pause = [20, 300, 1500, 5000][rng.random_range(0..4)];
+        tokio::time::sleep(Duration::from_millis(rng.random_range(0..=pause))).await;
+        let live = world.live();
+        match rng.random_range(0..100) {
+            0..45 if !live.is_empty() => {
+                let host = &live[rng.random_range(0..live.len())];
+                let n = [1, 10, 60, 300][rng.random_range(0..4)];
+                let n = rng.random_range(1..=n);
+                let kinds = [OpKind::Write, OpKind::Flush, OpKind::CompareAndWrite];
+                match rng.random_range(0..6) {
+                    0 => host.dev.crash(),
+                    k @ 1..4 => host.dev.crash_at_kind(kinds[k - 1], n.min(20)),
+                    _ => host.dev.crash_at(n),
+                }
+            }
+            45..52 if !live.is_empty() => blackout(world, rng).await?,
+            52..60 if live.len() > 1 => {
+                let host = live[rng.random_range(0..live.len())].clone();
+                match world.leave(&host).await {
+                    Err(Stop::Down) => {}
+                    r => r?,
+                }
+            }
+            _ => {
+                let down: Vec<usize> = (0..world.setup.hosts).filter(|i| !world.is_up(*i)).collect();
+                if let Some(i) = down.first() {
+                    let dies = rng.random_bool(0.15).then(|| rng.random_range(1..60));
+                    world.start(*i, dies).await?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All nodes die at once, with or without the device's cache.
+async fn blackout(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
+    world.disk.crash_all();
+    if rng.random_bool(0.7) {
+        world.disk.power_loss();
+        world.note("power loss");
+    } else {
+        world.note("all die");
+    }
+    world.totals.lock().blackouts += 1;
+    world.accident();
+    // The watchers take note.
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    if rng.random_bool(0.5) {
+        fsck(world, "after a blackout").await?;
+    }
+    Ok(())
+}
+
+async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mail: Arc<Mail>) -> Outcome<()> {
+    match rng.random_range(0..3) {
+        0 => blackout(world, rng).await?,
+        how => {
+            let live = world.live();
+            for (i, host) in live.iter().enumerate() {
+                if how == 1 && i + 1 == live.len() {
+                    world.note("the last node crashes");
+                    host.dev.crash();
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                } else {
+                    match world.leave(host).await {
+                        Err(Stop::Down) => {}
+                        r => r?,
+                    }
+                }
+            }
+        }
+    }
+    fsck(world, "before the last mount").await?;
+    let Some(host) = world.start(0, None).await? else { return Err(Stop::Down) };
+    for client in &mut clients {
+        client.look(&host).await?;
+    }
+    mail.look(world, &host).await?;
+    // What the dead left to be freed has been freed, or waits in the volume.
+    world.leave(&host).await?;
+    fsck(world, "at the end").await
+}
+
+/// The check of a volume that nobody has mounted: with the journals of the dead replayed in memory.
+async fn fsck(world: &Arc<World>, when: &str) -> Outcome<()> {
+    let raw: Arc<dyn BlockDevice> = world.disk.open_raw();
+    let report = fs_core::check::check(&raw, None).await;
+    let report = report.map_err(|e| world.fail(format!("fsck {when}: {e}")))?;
+    if report.is_clean() {
+        return Ok(());
+    }
+    let all: Vec<String> = report.violations.iter().take(20).map(|v| v.to_string()).collect();
+    Err(world.fail(format!("fsck {when} finds {}: {}", report.violation_count, all.join("; "))))
+}

@@ -1,0 +1,132 @@
+//! The whole-cluster crash simulator: several nodes with the real cluster, journal and volume code in one process, on one
+//! simulated device under a paused clock, working at random while accidents happen to them; everything follows from a seed.
+//!
+//! What is checked against models, at every moment and after every crash:
+//! - all nodes show one state: what an operation returned on one node, every node shows from then on;
+//! - what was made durable (fsync, sync, or another node having seen it) is there after any loss of nodes and of power;
+//! - of the rest a prefix of the dead node's changes of names and inodes is there, and contents are those of a moment
+//!   between the last sync and the crash (see `docs/SEMANTICS.md`);
+//! - survivors get on within a few seconds; nobody hangs;
+//! - the check of fsck finds nothing, neither with the journals of the dead unreplayed nor at the end.
+//!
+//! [`world`] has the hosts and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
+//! [`mail`] mailboxes that all nodes share, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores.
+
+mod client;
+mod fate;
+mod mail;
+mod setup;
+pub mod soak;
+mod trace;
+mod tree;
+mod world;
+
+use std::cell::RefCell;
+use std::sync::{Arc, Once};
+use std::time::Duration;
+
+use setup::Setup;
+use world::World;
+
+/// What a seed did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub seeds: u64,
+    /// Operations that returned.
+    pub operations: u64,
+    pub crashes: u64,
+    /// Losses of all nodes at once.
+    pub blackouts: u64,
+    /// Mounts, of which all but the first of each host follow a crash or an unmount.
+    pub mounts: u64,
+    /// Trees and messages compared with what was allowed after a crash.
+    pub verified: u64,
+    /// Hash of everything that happened, with its time.
+    pub digest: u64,
+}
+
+impl Totals {
+    pub fn add(&mut self, other: &Totals) {
+        self.seeds += other.seeds;
+        self.operations += other.operations;
+        self.crashes += other.crashes;
+        self.blackouts += other.blackouts;
+        self.mounts += other.mounts;
+        self.verified += other.verified;
+        self.digest ^= other.digest;
+    }
+}
+
+/// A seed that showed something that must not be.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub seed: u64,
+    pub what: String,
+    pub setup: String,
+    /// The last events before it.
+    pub tail: Vec<String>,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for line in &self.tail {
+            writeln!(f, "  {line}")?;
+        }
+        writeln!(f, "  {}", self.setup)?;
+        write!(f, "seed {} failed: {}", self.seed, self.what)
+    }
+}
+
+thread_local! {
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// The runtime swallows panics of spawned tasks; each is a failure of the seed that its thread runs.
+fn catch_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            PANIC.with_borrow_mut(|p| p.get_or_insert_with(|| info.to_string()).truncate(4000));
+            usual(info);
+        }));
+    });
+}
+
+/// Longest virtual time of a run: nobody may wait for ever.
+const BOUND: Duration = Duration::from_secs(3600);
+
+/// Runs a seed. `verbose` prints every event as it happens.
+pub fn run(seed: u64, verbose: bool) -> Result<Totals, Box<Failure>> {
+    catch_panics();
+    PANIC.take();
+    let setup = Setup::new(seed);
+    let world = World::new(setup.clone(), verbose);
+    let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    let done = match rt {
+        Ok(rt) => rt.block_on(async {
+            let all = std::panic::AssertUnwindSafe(Box::pin(fate::live(world.clone())));
+            tokio::time::timeout(BOUND, all.0).await.unwrap_or_else(|_| Err("the run hangs".into()))
+        }),
+        Err(e) => Err(format!("no runtime: {e}")),
+    };
+    let done = match PANIC.take() {
+        Some(panic) => Err(panic),
+        None => done,
+    };
+    done.map_err(|what| {
+        let tail = world.trace.tail();
+        Box::new(Failure { seed, what, setup: format!("{setup:?}"), tail })
+    })?;
+    Ok(totals(&world))
+}
+
+fn totals(world: &Arc<World>) -> Totals {
+    Totals { seeds: 1, digest: world.trace.digest() ^ world.disk.trace_hash(), ..*world.totals.lock() }
+}
+
+/// A seed from the clock, for runs that are to find something new.
+pub fn fresh_seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |t| t.as_micros() as u64) % 1_000_000_000_000
+}

@@ -1,0 +1,107 @@
+//! What kind of cluster a seed has.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use blockdev::sim::{SimConfig, SimDisk, SimImage};
+use blockdev::{BlockDevice, FencingKind};
+use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+const SIZE: u64 = 48 << 20;
+const NODES: u16 = 4;
+
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub seed: u64,
+    /// Hosts that take part; each is at most one node at a time.
+    pub hosts: usize,
+    /// Clients with a tree of their own, and clients of the shared mailboxes.
+    pub clients: usize,
+    pub mailers: usize,
+    pub mailboxes: usize,
+    pub hints: bool,
+    pub loss: f64,
+    pub fencing: FencingKind,
+    pub write_cache: bool,
+    pub split_writes: bool,
+    pub latency_us: (u64, u64),
+    pub journal_bytes: u64,
+    pub cache_bytes: usize,
+    pub dirty_bytes: usize,
+    /// Virtual time during which accidents happen.
+    pub span: Duration,
+    /// Longest pause between two operations of a client.
+    pub think_ms: u64,
+}
+
+impl Setup {
+    pub fn new(seed: u64) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed ^ 0x5e70b);
+        let hosts = rng.random_range(2..=4);
+        let pick = |rng: &mut StdRng, of: &[u64]| of[rng.random_range(0..of.len())];
+        Self {
+            seed,
+            hosts,
+            clients: rng.random_range(1..=hosts),
+            mailers: rng.random_range(1..=hosts),
+            mailboxes: rng.random_range(1..=3),
+            hints: rng.random_bool(0.7),
+            loss: [0.0, 0.0, 0.2][rng.random_range(0..3)],
+            fencing: if rng.random_bool(0.8) { FencingKind::ProcessLock } else { FencingKind::Reservations },
+            write_cache: rng.random_bool(0.8),
+            split_writes: rng.random_bool(0.3),
+            latency_us: [(100, 2500), (50, 400), (500, 15_000)][rng.random_range(0..3)],
+            journal_bytes: pick(&mut rng, &[1 << 20, 1 << 20, 4 << 20]),
+            cache_bytes: pick(&mut rng, &[256 << 10, 16 << 20]) as usize,
+            dirty_bytes: pick(&mut rng, &[64 << 10, 8 << 20]) as usize,
+            span: Duration::from_millis(rng.random_range(5_000..25_000)),
+            think_ms: pick(&mut rng, &[20, 100, 200]),
+        }
+    }
+
+    /// Longest time an operation may take after the last accident: a survivor notices a dead process within a heartbeat,
+    /// a silent node after its lease and two heartbeats (`cluster::Timeouts::dead_after`), plus what the recovery takes.
+    pub fn patience(&self) -> Duration {
+        let t = cluster::Timeouts::default();
+        match self.fencing {
+            FencingKind::ProcessLock => Duration::from_secs(3),
+            _ => t.dead_after() + 2 * t.heartbeat() + Duration::from_secs(3),
+        }
+    }
+
+    /// A device with an empty volume.
+    pub fn disk(&self) -> Arc<SimDisk> {
+        let mut cfg = SimConfig::new(SIZE, self.seed);
+        cfg.fencing = self.fencing;
+        cfg.write_cache = self.write_cache;
+        cfg.split_writes = self.split_writes;
+        cfg.latency_us = self.latency_us.0..=self.latency_us.1;
+        SimDisk::from_snapshot(cfg, &image(self.journal_bytes))
+    }
+}
+
+/// Volumes are made once per process; they do not depend on the seed.
+fn image(journal_bytes: u64) -> Arc<SimImage> {
+    static MADE: OnceLock<Mutex<BTreeMap<u64, Arc<SimImage>>>> = OnceLock::new();
+    let mut made = MADE.get_or_init(Default::default).lock();
+    made.entry(journal_bytes).or_insert_with(|| Arc::new(make(journal_bytes))).clone()
+}
+
+fn make(journal_bytes: u64) -> SimImage {
+    let disk = SimDisk::new(SimConfig::new(SIZE, 7));
+    let raw: Arc<dyn BlockDevice> = disk.open_raw();
+    let opts =
+        mkfs::FormatOptions { nodes: Some(NODES), journal_size: Some(journal_bytes), ..mkfs::FormatOptions::seeded(7) };
+    let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    let made = std::thread::scope(|s| {
+        // Not in the seed's own runtime, which may already run.
+        s.spawn(|| rt.map(|rt| rt.block_on(mkfs::format(&raw, &opts, &mut |_| {})).map(|_| ()))).join()
+    });
+    match made {
+        Ok(Ok(Ok(()))) => disk.snapshot(),
+        other => panic!("mkfs of the simulated device: {other:?}"),
+    }
+}

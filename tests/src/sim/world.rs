@@ -1,0 +1,406 @@
+//! The hosts of a run: nodes that live, die and come back, and how clients call them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use blockdev::sim::{NodeMode, SimDisk, SimNode};
+use cluster::HintNet;
+use cluster::simnet::{NetRates, SimNet, SimPort};
+use fs_core::{Atime, FsError, MountConfig, NoKernelCache, Time, Volume, WallClock};
+use parking_lot::Mutex;
+use rand::RngExt;
+use rand::rngs::StdRng;
+use tokio::sync::Notify;
+use tokio::time::{Duration, Instant};
+
+use super::Totals;
+use super::setup::Setup;
+use super::trace::Trace;
+
+/// Why a client stops what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Its node is gone: go on elsewhere.
+    Down,
+    /// Something failed; the run is over.
+    Failed,
+}
+
+pub type Outcome<T> = Result<T, Stop>;
+
+/// Counts the changes of all nodes in the order in which they were acknowledged.
+pub type Ack = u64;
+
+/// One life of a host as a node.
+pub struct Host {
+    pub index: usize,
+    pub life: u32,
+    pub dev: Arc<SimNode>,
+    pub volume: Arc<Volume>,
+    port: Option<Arc<SimPort>>,
+    /// About to unmount: clients go elsewhere.
+    pub retiring: AtomicBool,
+    /// Clients that work here.
+    pub users: AtomicUsize,
+    pub promise: Mutex<Promise>,
+}
+
+/// What a node must not lose, and what it has been found to have lost.
+#[derive(Clone, Copy, Debug)]
+pub struct Promise {
+    /// Names and inodes: all changes up to this one are durable.
+    pub durable: Ack,
+    /// Contents: all up to this one are durable.
+    pub synced: Ack,
+    /// After its crash: changes up to the first were found, those from the second on were not.
+    pub found: Ack,
+    pub lost: Ack,
+}
+
+impl Host {
+    pub fn name(&self) -> String {
+        format!("h{}.{}", self.index, self.life)
+    }
+
+    pub fn dead(&self) -> bool {
+        self.dev.mode() == NodeMode::Crashed
+    }
+
+    /// A sync of the whole node that began when `upto` was the latest change has been acknowledged.
+    pub fn synced(&self, upto: Ack) {
+        let mut p = self.promise.lock();
+        p.synced = p.synced.max(upto);
+        p.durable = p.durable.max(upto);
+    }
+
+    /// The same of an fsync.
+    pub fn fsynced(&self, upto: Ack) {
+        let mut p = self.promise.lock();
+        p.durable = p.durable.max(upto);
+    }
+}
+
+/// A client's place on a host.
+pub struct Seat {
+    pub host: Arc<Host>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.host.users.fetch_sub(1, Relaxed);
+    }
+}
+
+struct SimClock(Instant);
+
+impl WallClock for SimClock {
+    fn now(&self) -> Time {
+        let t = self.0.elapsed();
+        Time { secs: 1_000_000 + t.as_secs() as i64, nanos: t.subsec_nanos() }
+    }
+}
+
+pub struct World {
+    pub setup: Setup,
+    pub disk: Arc<SimDisk>,
+    net: Option<Arc<SimNet>>,
+    pub trace: Trace,
+    pub totals: Mutex<Totals>,
+    hosts: Mutex<Vec<Option<Arc<Host>>>>,
+    lives: Mutex<Vec<u32>>,
+    /// Hosts came or went.
+    pub changed: Notify,
+    failure: Mutex<Option<String>>,
+    pub failed: Notify,
+    /// Clients finish what they do and go.
+    pub over: AtomicBool,
+    acks: AtomicU64,
+    accidents: Mutex<VecDeque<Instant>>,
+}
+
+impl World {
+    pub fn new(setup: Setup, verbose: bool) -> Arc<Self> {
+        let net = setup.hints.then(|| {
+            let net = SimNet::new(setup.seed);
+            net.set_rates(NetRates { loss: setup.loss, ..NetRates::default() });
+            net
+        });
+        Arc::new(Self {
+            disk: setup.disk(),
+            net,
+            trace: Trace::new(verbose),
+            totals: Mutex::default(),
+            hosts: Mutex::new(vec![None; setup.hosts]),
+            lives: Mutex::new(vec![0; setup.hosts]),
+            changed: Notify::new(),
+            failure: Mutex::new(None),
+            failed: Notify::new(),
+            over: AtomicBool::new(false),
+            acks: AtomicU64::new(0),
+            accidents: Mutex::default(),
+            setup,
+        })
+    }
+
+    pub fn note(&self, text: impl std::fmt::Display) {
+        self.trace.note(text);
+    }
+
+    /// The run is over: something happened that must not.
+    pub fn fail(&self, what: String) -> Stop {
+        self.note(format_args!("FAILED {what}"));
+        self.failure.lock().get_or_insert(what);
+        self.failed.notify_waiters();
+        self.changed.notify_waiters();
+        Stop::Failed
+    }
+
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().clone()
+    }
+
+    pub fn over(&self) -> bool {
+        self.over.load(Relaxed) || self.failure.lock().is_some()
+    }
+
+    /// The number of a change that has just been acknowledged.
+    pub fn ack(&self) -> Ack {
+        self.acks.fetch_add(1, Relaxed) + 1
+    }
+
+    /// The latest change of all.
+    pub fn latest(&self) -> Ack {
+        self.acks.load(Relaxed)
+    }
+
+    pub fn live(&self) -> Vec<Arc<Host>> {
+        self.hosts.lock().iter().flatten().filter(|h| !h.dead()).cloned().collect()
+    }
+
+    pub fn is_up(&self, index: usize) -> bool {
+        self.hosts.lock()[index].is_some()
+    }
+
+    /// Someone lost a node, or time: what waits may wait longer.
+    pub fn accident(&self) {
+        self.accidents.lock().push_back(Instant::now());
+    }
+
+    fn last_accident(&self) -> Option<Instant> {
+        self.accidents.lock().back().copied()
+    }
+
+    // ---- lives -------------------------------------------------------------------------------------------------
+
+    /// Mounts the volume on a host that is down. `None`: it died before it was mounted.
+    pub async fn start(self: &Arc<Self>, index: usize, crash_at: Option<u64>) -> Outcome<Option<Arc<Host>>> {
+        let life = {
+            let mut lives = self.lives.lock();
+            lives[index] += 1;
+            lives[index]
+        };
+        let name = format!("h{index}.{life}");
+        let dev = self.disk.open(&name);
+        let port = self.net.as_ref().map(|n| n.open());
+        self.note(format_args!("{name} mounts"));
+        let mounting = Volume::mount(MountConfig {
+            device: dev.clone(),
+            net: port.clone().map(|p| p as Arc<dyn HintNet>),
+            clock: Arc::new(SimClock(Instant::now())),
+            kernel: Arc::new(NoKernelCache),
+            host_name: name.clone(),
+            seed: self.setup.seed.wrapping_mul(1000).wrapping_add(index as u64 * 100 + u64::from(life)),
+            read_only: false,
+            atime: if self.setup.seed.is_multiple_of(2) { Atime::Never } else { Atime::Relative },
+            cache_bytes: self.setup.cache_bytes,
+            dirty_bytes: self.setup.dirty_bytes,
+        });
+        if let Some(n) = crash_at {
+            dev.crash_at(n);
+        }
+        // A mount may have to wait for the death of the node whose slot it takes, and then, as every operation may, for
+        // those that hold what it reads.
+        let patience = 2 * self.setup.patience();
+        let mounted = match self.bounded(&dev, &format!("{name} mount"), patience, mounting).await {
+            Err(Stop::Down) => {
+                self.note(format_args!("{name} died while it mounted"));
+                self.died(port.as_deref());
+                return Ok(None);
+            }
+            r => r?,
+        };
+        let volume = mounted.map_err(|e| self.fail(format!("{name} cannot mount: {e}")))?;
+        self.totals.lock().mounts += 1;
+        self.note(format_args!("{name} is {}", volume.node()));
+        let host = Arc::new(Host {
+            index,
+            life,
+            dev,
+            volume,
+            port,
+            retiring: AtomicBool::new(false),
+            users: AtomicUsize::new(0),
+            promise: Mutex::new(Promise { durable: 0, synced: 0, found: 0, lost: Ack::MAX }),
+        });
+        self.hosts.lock()[index] = Some(host.clone());
+        self.changed.notify_waiters();
+        tokio::spawn(self.clone().watch(host.clone()));
+        Ok(Some(host))
+    }
+
+    /// Takes note of the host's death when it comes.
+    async fn watch(self: Arc<Self>, host: Arc<Host>) {
+        host.dev.crashed().await;
+        {
+            let mut hosts = self.hosts.lock();
+            let ours = |h: &Arc<Host>| Arc::ptr_eq(h, &host);
+            if !hosts[host.index].as_ref().is_some_and(ours) {
+                return;
+            }
+            hosts[host.index] = None;
+        }
+        self.note(format_args!("{} crashed", host.name()));
+        self.died(host.port.as_deref());
+    }
+
+    fn died(&self, port: Option<&SimPort>) {
+        if let Some(p) = port {
+            p.cut(true);
+        }
+        self.totals.lock().crashes += 1;
+        self.accident();
+        self.changed.notify_waiters();
+    }
+
+    /// Unmounts a host; its clients have gone or are going.
+    pub async fn leave(&self, host: &Arc<Host>) -> Outcome<()> {
+        host.retiring.store(true, Relaxed);
+        self.changed.notify_waiters();
+        while host.users.load(Relaxed) > 0 && !host.dead() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let latest = self.latest();
+        self.note(format_args!("{} unmounts", host.name()));
+        let left = self.call(host, "unmount", host.volume.unmount()).await?;
+        if let Err(e) = left {
+            return Err(self.fail(format!("{} cannot unmount: {e}", host.name())));
+        }
+        host.synced(latest);
+        self.hosts.lock()[host.index] = None;
+        host.dev.crash();
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// A place to work; waits until there is one. `None`: the run is over.
+    pub async fn seat(&self, rng: &mut StdRng) -> Option<Seat> {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if self.over() {
+                return None;
+            }
+            let hosts: Vec<_> = self.live().into_iter().filter(|h| !h.retiring.load(Relaxed)).collect();
+            if !hosts.is_empty() {
+                return Some(self.sit(&hosts[rng.random_range(0..hosts.len())]));
+            }
+            changed.await;
+        }
+    }
+
+    pub fn sit(&self, host: &Arc<Host>) -> Seat {
+        host.users.fetch_add(1, Relaxed);
+        Seat { host: host.clone() }
+    }
+
+    // ---- calls -------------------------------------------------------------------------------------------------
+
+    /// Runs an operation of a host to its end, unless the host dies; it must end in time.
+    pub async fn call<T>(&self, host: &Host, what: &str, op: impl Future<Output = T>) -> Outcome<T> {
+        self.bounded(&host.dev, &format!("{} {what}", host.name()), self.setup.patience(), op).await
+    }
+
+    async fn bounded<T>(
+        &self,
+        dev: &SimNode,
+        what: &str,
+        patience: Duration,
+        op: impl Future<Output = T>,
+    ) -> Outcome<T> {
+        let started = Instant::now();
+        let in_time = async {
+            loop {
+                let due = self.last_accident().map_or(started, |a| a.max(started)) + patience;
+                if Instant::now() >= due {
+                    return;
+                }
+                tokio::time::sleep_until(due).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = dev.crashed() => Err(Stop::Down),
+            done = op => {
+                self.totals.lock().operations += 1;
+                Ok(done)
+            }
+            () = in_time => {
+                let waited = started.elapsed().as_secs_f64();
+                Err(self.fail(format!("{what} has not ended after {waited:.1} s")))
+            }
+        }
+    }
+
+    /// An operation that must succeed.
+    pub async fn done<T>(&self, host: &Host, what: &str, op: impl Future<Output = fs_core::Result<T>>) -> Outcome<T> {
+        let result = self.call(host, what, op).await?;
+        result.map_err(|e| self.fail(format!("{} {what}: {e}", host.name())))
+    }
+
+    /// An operation that may be refused, with an errno that the caller expects or not.
+    pub async fn tried<T>(
+        &self,
+        host: &Host,
+        what: &str,
+        op: impl Future<Output = fs_core::Result<T>>,
+    ) -> Outcome<Result<T, &'static str>> {
+        match self.call(host, what, op).await? {
+            Ok(v) => Ok(Ok(v)),
+            Err(e) => match errno(&e) {
+                Some(errno) => Ok(Err(errno)),
+                None => Err(self.fail(format!("{} {what}: {e}", host.name()))),
+            },
+        }
+    }
+}
+
+fn errno(e: &FsError) -> Option<&'static str> {
+    Some(match e {
+        FsError::NotFound => "ENOENT",
+        FsError::Exists => "EEXIST",
+        FsError::NotEmpty => "ENOTEMPTY",
+        FsError::IsDir => "EISDIR",
+        FsError::NotDir => "ENOTDIR",
+        FsError::Invalid => "EINVAL",
+        FsError::NotPermitted => "EPERM",
+        _ => return None,
+    })
+}
+
+impl World {
+    /// After a crash: of the dead node's changes all up to `from` were found, those from `to` on were not. One journal
+    /// keeps them in order, so what different clients find must fit together.
+    pub fn cut(&self, dead: &Host, from: Ack, to: Ack) -> Outcome<()> {
+        let mut p = dead.promise.lock();
+        p.found = p.found.max(from);
+        p.lost = p.lost.min(to);
+        if p.found < p.lost {
+            return Ok(());
+        }
+        let (found, lost) = (p.found, p.lost);
+        drop(p);
+        Err(self.fail(format!("{}: change {lost} was lost, the later one {found} was not", dead.name())))
+    }
+}
