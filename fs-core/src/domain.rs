@@ -9,6 +9,7 @@ use journal::RecordNo;
 use parking_lot::Mutex;
 use tokio::sync::RwLock;
 
+use crate::contents::MappedWrites;
 use crate::format::item::{Inode, Time};
 use crate::hold::Hold;
 
@@ -27,6 +28,7 @@ pub struct Domain {
     pub open_flagged: Mutex<bool>,
     /// Under this tenure there may be unnamed files that only dead nodes had open.
     pub leftovers: Mutex<Option<Tenure>>,
+    pub mapped: MappedWrites,
 }
 
 /// Contents of one page that the device does not have yet.
@@ -95,6 +97,7 @@ impl Domain {
             cached_tenure: Mutex::new(None),
             open_flagged: Mutex::new(false),
             leftovers: Mutex::new(None),
+            mapped: MappedWrites::default(),
         })
     }
 

@@ -77,6 +77,8 @@ pub struct WriteOptions {
     /// O_APPEND: the offset is ignored, data goes to the end as it is now on all nodes.
     pub append: bool,
     pub kill_suid: bool,
+    /// What lies beyond the end of the file is dropped: pages of memory maps do not make it grow.
+    pub within_size: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -168,6 +168,7 @@ impl Volume {
 
     async fn write_back_all(&self) -> Result<()> {
         self.check()?;
+        self.carry_out_all_mapped().await?;
         self.flush_everything().await?;
         self.clean_own_slot().await;
         self.flush_everything().await?;
@@ -281,6 +282,16 @@ impl Volume {
     // ---- the loop of every operation ---------------------------------------------------------------------------
 
     pub(crate) async fn begin(&self, plan: &Plan) -> Result<Txn<'_>> {
+        if plan.writes() {
+            for d in plan.domains.keys() {
+                self.carry_out_mapped(&self.domain(*d)).await?;
+            }
+        }
+        self.begin_unordered(plan).await
+    }
+
+    /// Without waiting for pages of memory maps that came before.
+    pub(crate) async fn begin_unordered(&self, plan: &Plan) -> Result<Txn<'_>> {
         if plan.writes() {
             if self.read_only {
                 return Err(FsError::ReadOnly);

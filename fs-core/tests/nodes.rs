@@ -57,7 +57,11 @@ async fn what_one_node_does_the_other_sees() {
         let seen = r.lookup(d, name.as_bytes()).await.expect("lookup").value.expect("seen");
         assert_eq!(seen.inode.size, body.len() as u64);
         assert_eq!(r.read(f, 0, 1 << 20).await.expect("read").value, body);
-        let at = r.write(f, 0, b"tail", WriteOptions { append: true, kill_suid: false }).await.expect("append").value;
+        let at = r
+            .write(f, 0, b"tail", WriteOptions { append: true, ..WriteOptions::default() })
+            .await
+            .expect("append")
+            .value;
         assert_eq!(at, body.len() as u64);
         assert_eq!(w.getattr(f).await.expect("getattr").value.inode.size, body.len() as u64 + 4);
     }
@@ -108,5 +112,39 @@ async fn a_dead_node_is_recovered_and_what_it_synced_is_there() {
     assert_eq!(seen.ino, f);
     assert_eq!(b.read(f, 0, 1 << 20).await.expect("read").value, [9; 20_000]);
     assert!(b.lookup(d, b"lost").await.expect("lookup").value.is_none());
+    b.unmount().await.expect("unmount");
+}
+
+/// Both nodes hold the file in shared mode when their kernels write mapped pages back: each answer must come at once, and each
+/// page must arrive, in the order in which the node that wrote it sees them.
+#[tokio::test(start_paused = true)]
+async fn pages_of_memory_maps_wait_for_nobody() {
+    let disk = disk(64 << 20).await;
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    let f = a.mknod(WHO, ROOT_INO, b"map", file(), true).await.expect("create").value.ino;
+    a.write(f, 0, &[0; 10_000], WriteOptions::default()).await.expect("write");
+    a.fsync(f, false).await.expect("fsync");
+    for i in 1..30u8 {
+        assert_eq!(b.read(f, 0, 20_000).await.expect("read").value.len(), 10_000);
+        assert_eq!(a.read(f, 0, 20_000).await.expect("read").value.len(), 10_000);
+        a.write_mapped(f, 0, vec![i; 4096]).expect("taken");
+        b.write_mapped(f, 4096, vec![i + 100; 4096]).expect("taken");
+        a.write_mapped(f, 8192, vec![i; 4096]).expect("taken, though the file ends in it");
+        let seen = a.read(f, 0, 20_000).await.expect("read").value;
+        assert_eq!((seen.len(), seen[0], seen[9_999]), (10_000, i, i), "a node sees its own maps");
+        a.fsync(f, false).await.expect("fsync");
+        b.flush_mapped(f).await.expect("close");
+        for v in [&a, &b] {
+            let seen = v.read(f, 0, 20_000).await.expect("read").value;
+            assert_eq!((seen.len(), seen[0], seen[4096], seen[9_999]), (10_000, i, i + 100, i));
+        }
+        // A change that comes later stays on top.
+        b.write_mapped(f, 0, vec![1; 4096]).expect("taken");
+        b.write(f, 0, &[i], WriteOptions::default()).await.expect("write");
+        assert_eq!(a.read(f, 0, 2).await.expect("read").value, [i, 1]);
+    }
+    a.write_mapped(f, 0, vec![77; 4096]).expect("taken");
+    a.unmount().await.expect("unmount carries out what waits");
+    assert_eq!(b.read(f, 0, 1).await.expect("read").value, [77]);
     b.unmount().await.expect("unmount");
 }

@@ -104,10 +104,18 @@ impl Job {
                 self.created(made, flags, reply).await;
             }
             Op::Read { offset, size, .. } => answer(v.read(ino, offset, size).await, reply, |r, data| r.data(data)),
+            Op::Write { offset, write_flags, data, .. } if write_flags & WRITE_CACHE != 0 => {
+                let len = data.len() as u32;
+                match v.write_mapped(ino, offset, data.to_vec()) {
+                    Ok(()) => drop(reply.write(len)),
+                    Err(e) => fail(&e, reply),
+                }
+            }
             Op::Write { offset, write_flags, flags, data, .. } => {
                 let how = WriteOptions {
-                    append: flags & libc::O_APPEND as u32 != 0 && write_flags & WRITE_CACHE == 0,
+                    append: flags & libc::O_APPEND as u32 != 0,
                     kill_suid: write_flags & WRITE_KILL_SUIDGID != 0,
+                    within_size: false,
                 };
                 self.write(ino, offset, &data, how, reply).await;
             }
@@ -121,7 +129,7 @@ impl Job {
             }
             Op::Fsync { datasync, .. } | Op::Fsyncdir { datasync, .. } => plain(v.fsync(ino, datasync).await, reply),
             Op::Syncfs => plain(v.sync().await, reply),
-            Op::Flush { .. } => drop(reply.ok()),
+            Op::Flush { .. } => plain(v.flush_mapped(ino).await, reply),
             Op::Opendir { .. } => match v.open(ino, false).await {
                 Ok(held) => {
                     self.known.open_check(ino);
@@ -315,10 +323,12 @@ fn plain(r: Result<()>, reply: Reply) {
     }
 }
 
-/// Pages stay valid over an open: a revocation drops them. Appends go around the page cache, because where they end up is
-/// decided here and not by the size that the kernel knows.
+/// Pages stay valid over an open: a revocation drops them. Who may write goes around the page cache: a write through it
+/// keeps its page locked until it is answered, which waits for the exclusive mode, while a revocation of the shared mode
+/// waits for the page. It also lets us say where an append ends up, not the size that the kernel knows.
 fn open_flags(flags: u32) -> u32 {
-    if flags & libc::O_APPEND as u32 != 0 { FOPEN_DIRECT_IO | FOPEN_KEEP_CACHE } else { FOPEN_KEEP_CACHE }
+    let reads_only = flags & libc::O_ACCMODE as u32 == libc::O_RDONLY as u32;
+    if reads_only { FOPEN_KEEP_CACHE } else { FOPEN_DIRECT_IO | FOPEN_KEEP_CACHE }
 }
 
 fn rename_kind(flags: u32) -> Option<Rename> {

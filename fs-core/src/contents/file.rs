@@ -54,6 +54,7 @@ impl Volume {
     /// this node wrote went out when it gave the domain up, as did changes of other nodes.
     pub async fn fsync(&self, ino: u64, _data_only: bool) -> Result<()> {
         self.check()?;
+        self.flush_mapped(ino).await?;
         let domain = self.domain(ino_domain(ino));
         let exclusive = domain.hold.grant().is_some_and(|g| g.mode == Mode::Exclusive);
         if exclusive && domain.file(ino_local(ino), |f| f.dirty()).unwrap_or(false) {
@@ -64,6 +65,7 @@ impl Volume {
 
     /// Everything durable.
     pub async fn sync(&self) -> Result<()> {
+        self.carry_out_all_mapped().await?;
         self.flush_everything().await
     }
 }
@@ -84,7 +86,9 @@ async fn read(tx: &mut Txn<'_>, ino: u64, offset: u64, len: u32) -> Result<Vec<u
         return Ok(Vec::new());
     }
     note_access(tx, ino, &inode)?;
-    tx.read_range(ino, &inode, offset, (end - offset) as usize).await
+    let mut out = tx.read_range(ino, &inode, offset, (end - offset) as usize).await?;
+    tx.domain(ino_domain(ino), Mode::Shared)?.mapped.overlay(ino_local(ino), offset, &mut out);
+    Ok(out)
 }
 
 /// relatime, where it costs no lock: the new time goes to the tree in the background.
@@ -211,7 +215,7 @@ impl Txn<'_> {
 }
 
 /// Copies what a piece of the file at byte `at` has of the range that `out` stands for at byte `offset`.
-fn copy_overlap(out: &mut [u8], offset: u64, at: u64, piece: &[u8]) {
+pub(super) fn copy_overlap(out: &mut [u8], offset: u64, at: u64, piece: &[u8]) {
     let from = offset.max(at);
     let to = (offset + out.len() as u64).min(at + piece.len() as u64);
     if from < to {
@@ -221,11 +225,13 @@ fn copy_overlap(out: &mut [u8], offset: u64, at: u64, piece: &[u8]) {
     }
 }
 
-async fn write(tx: &mut Txn<'_>, ino: u64, offset: u64, data: &[u8], how: WriteOptions) -> Result<u64> {
+pub(super) async fn write(tx: &mut Txn<'_>, ino: u64, offset: u64, data: &[u8], how: WriteOptions) -> Result<u64> {
     let local = ino_local(ino);
     let domain = tx.domain(ino_domain(ino), Mode::Exclusive)?.clone();
     let inode = regular(tx, ino).await?;
     let at = if how.append { inode.size } else { offset };
+    let room = if how.within_size { inode.size.saturating_sub(at) } else { u64::MAX };
+    let data = &data[..data.len().min(room.try_into().unwrap_or(usize::MAX))];
     let end = at.checked_add(data.len() as u64).filter(|e| *e <= SIZE_MAX).ok_or(FsError::TooBig)?;
     if data.is_empty() {
         return Ok(at);

@@ -123,7 +123,7 @@ impl Volume {
     pub(crate) async fn flush_file(&self, number: u64) -> Result<()> {
         let mut plan = Plan::write(&[ino_domain(number)], Purpose::Commit);
         loop {
-            let mut tx = self.begin(&plan).await?;
+            let mut tx = self.begin_unordered(&plan).await?;
             let r = tx.flush_contents(number).await;
             if self.finish(tx, r, &mut plan).await?.is_some() {
                 return Ok(());

@@ -9,3 +9,6 @@ mod extents;
 mod file;
 mod flush;
 mod layout_ops;
+mod mapped;
+
+pub use mapped::MappedWrites;
