@@ -1,11 +1,12 @@
-//! Requests of the kernel to operations of the volume, each in a task of its own, so that none that waits (for a lock,
-//! the device, a commit) keeps another from being served. What the volume returns is held until the reply has been written: a
+//! Requests of the kernel to operations of the volume. One that has to wait (for a lock, the device, a commit) becomes a
+//! task of its own, so that none keeps another from being served. What the volume returns is held until the reply has been written: a
 //! revocation waits for that, and nothing stale is cached afterwards.
 
 use std::sync::Arc;
+use std::task::{Context, Waker};
 
 use fs_core::{Attr, Caller, Fallocate, FsError, Leased, NewNode, Rename, Volume, Whence, WriteOptions, XattrSet};
-use fuse_session::abi::{FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, WRITE_CACHE, WRITE_KILL_SUIDGID};
+use fuse_session::abi::{FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, WRITE_CACHE, WRITE_KILL_SUIDGID};
 use fuse_session::{EntryOut, Forget, Handler, InitConfig, InitFlags, InitRequest, Negotiated, Op, Reply, Request};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -51,7 +52,12 @@ impl Handler for Server {
 
     fn request(&self, request: Request, reply: Reply) {
         let job = Job { volume: self.volume.clone(), known: self.known.clone() };
-        self.runtime.spawn(async move { job.serve(request, reply).await });
+        let mut serving = Box::pin(job.serve(request, reply));
+        // Most requests need nothing but memory: they are answered here, without waking another thread.
+        let _spawns_work = self.runtime.enter();
+        if serving.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+            self.runtime.spawn(serving);
+        }
     }
 
     fn forget(&self, forgets: Vec<Forget>) {
@@ -325,10 +331,14 @@ fn plain(r: Result<()>, reply: Reply) {
 
 /// Pages stay valid over an open: a revocation drops them. Who may write goes around the page cache: a write through it
 /// keeps its page locked until it is answered, which waits for the exclusive mode, while a revocation of the shared mode
-/// waits for the page. It also lets us say where an append ends up, not the size that the kernel knows.
+/// waits for the page. It also lets us say where an append ends up, not the size that the kernel knows. Only a descriptor
+/// that reads and writes can have a map to be flushed at its close.
 fn open_flags(flags: u32) -> u32 {
-    let reads_only = flags & libc::O_ACCMODE as u32 == libc::O_RDONLY as u32;
-    if reads_only { FOPEN_KEEP_CACHE } else { FOPEN_DIRECT_IO | FOPEN_KEEP_CACHE }
+    match (flags & libc::O_ACCMODE as u32) as i32 {
+        libc::O_RDONLY => FOPEN_KEEP_CACHE | FOPEN_NOFLUSH,
+        libc::O_WRONLY => FOPEN_KEEP_CACHE | FOPEN_NOFLUSH | FOPEN_DIRECT_IO,
+        _ => FOPEN_KEEP_CACHE | FOPEN_DIRECT_IO,
+    }
 }
 
 fn rename_kind(flags: u32) -> Option<Rename> {
