@@ -1,4 +1,6 @@
-//! Whole-system tests.
+//! Whole-system tests: what they share.
 
+pub mod cluster;
 pub mod mail;
 pub mod sim;
+pub mod sys;

@@ -135,17 +135,19 @@ async fn fallocate(tx: &mut Txn<'_>, ino: u64, offset: u64, end: u64, how: Fallo
         punch_inline(tx, ino, &inode, offset, end).await?;
     } else {
         tx.leave_tree(ino, &mut inode).await?;
-        if how.punch_hole || how.zero_range {
-            punch_range(tx, ino, &mut inode, offset, end).await?;
-        }
+        let zeroed = if how.punch_hole || how.zero_range {
+            punch_range(tx, ino, &mut inode, offset, end).await?
+        } else {
+            Pages::new()
+        };
         if !how.punch_hole {
             allocate(tx, ino, &mut inode, offset / PAGE, end.div_ceil(PAGE)).await?;
         }
-        if new_size > inode.size {
-            let pages = tx.pages_of_growth(ino, &inode, new_size).await?;
-            inode.size = new_size;
-            tx.store_pages(ino, &mut inode, pages).await?;
-        }
+        // Of a page that is due for both reasons, the zeroed one holds: growth would read it as it was before.
+        let mut pages = tx.pages_of_growth(ino, &inode, new_size).await?;
+        pages.extend(zeroed);
+        inode.size = new_size;
+        tx.store_pages(ino, &mut inode, pages).await?;
     }
     let now = tx.vol.now();
     inode.mtime = later(now, inode.mtime);
@@ -163,8 +165,8 @@ async fn punch_inline(tx: &mut Txn<'_>, ino: u64, inode: &Inode, offset: u64, en
     tx.put(ino_domain(ino), &key, &contents).await
 }
 
-/// Whole pages lose their blocks, the ragged ends are written with zeros.
-async fn punch_range(tx: &mut Txn<'_>, ino: u64, inode: &mut Inode, offset: u64, end: u64) -> Result<()> {
+/// Whole pages lose their blocks; the ragged ends, with zeros, are returned.
+async fn punch_range(tx: &mut Txn<'_>, ino: u64, inode: &mut Inode, offset: u64, end: u64) -> Result<Pages> {
     let (first, last) = (offset.div_ceil(PAGE), end / PAGE);
     if first < last {
         let freed = tx.punch(ino, first, last).await?;
@@ -181,7 +183,7 @@ async fn punch_range(tx: &mut Txn<'_>, ino: u64, inode: &mut Inode, offset: u64,
         pages.extend(tx.zero_part(ino, inode, offset, (first * PAGE).min(end)).await?);
         pages.extend(tx.zero_part(ino, inode, last * PAGE, end).await?);
     }
-    tx.store_pages(ino, inode, pages).await
+    Ok(pages)
 }
 
 /// Gives holes between two pages blocks that read as zeros.

@@ -378,7 +378,7 @@ impl Client {
         let mut contents = (*old).clone();
         contents.resize(contents.len().max(offset + len), 0);
         contents[offset..offset + len].copy_from_slice(&data);
-        let how = WriteOptions { append, kill_suid: false };
+        let how = WriteOptions { append, ..WriteOptions::default() };
         let at = if append { 0 } else { offset as u64 };
         let op = v.write(self.ino(id), at, &data, how);
         let change = Change::Write { id, contents: Arc::new(contents) };
@@ -458,7 +458,7 @@ impl Client {
         self.change(host, Change::Unlink { dir, name: name.clone() }, Ok(()), op).await?;
         let more = self.fresh_bytes(700);
         want.extend_from_slice(&more);
-        let append = WriteOptions { append: true, kill_suid: false };
+        let append = WriteOptions { append: true, ..WriteOptions::default() };
         self.world.done(host, "write of an unlinked file", v.write(ino, 0, &more, append)).await?;
         let pause = Duration::from_millis(self.rng.random_range(0..200));
         tokio::time::sleep(pause).await;

@@ -2,18 +2,16 @@
 //!
 //! Every claim that is printed is checked; the first that does not hold ends the demonstration with exit code 1.
 
-mod lab;
-
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use clusterfs_tests::cluster::{Cluster, Error, Result};
 use clusterfs_tests::mail::{
     Mailer, MboxLock, Stored, append_mbox, deliver_maildir, make_maildir, mark_seen, read_maildir, read_mbox,
 };
-use lab::{Error, Lab, Result};
 
 const NODES: [usize; 3] = [1, 2, 3];
 const VICTIM: usize = 3;
@@ -58,20 +56,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn programs() -> Result<PathBuf> {
-    // SAFETY: no arguments, cannot fail.
-    if unsafe { libc::geteuid() } != 0 {
-        return Err("mounting needs root: run it as root".into());
-    }
-    if !Path::new("/dev/fuse").exists() {
-        return Err("there is no /dev/fuse: load the kernel module fuse".into());
-    }
-    let dir = std::env::var_os("CLUSTERFS_BIN_DIR").ok_or("CLUSTERFS_BIN_DIR is not set: use `cargo xtask demo`")?;
-    Ok(dir.into())
-}
-
 fn demo() -> Result<()> {
-    let lab = Lab::new(programs()?, LIMIT)?;
+    let lab = Cluster::ended_by_signals(LIMIT)?;
     println!("1. One shared device: a sparse image file of 2 GiB, made a volume for up to 4 nodes.");
     blockdev::image::ImageFile::create(lab.image(), SIZE)?;
     let made = lab.program("mkfs.clusterfs", &["-L", "demo", "--nodes", "4"])?;
@@ -104,7 +90,7 @@ fn demo() -> Result<()> {
 }
 
 /// Part 3: every node delivers to its user, now and then to the shared mbox.
-fn deliver_everywhere(lab: &Lab) -> Result<Vec<Delivered>> {
+fn deliver_everywhere(lab: &Cluster) -> Result<Vec<Delivered>> {
     println!("3. Mail comes in on all three at once: {FIRST} messages each, every tenth also into one shared mbox.");
     let root = lab.mount_point(1);
     for user in USERS.iter().chain([&SHARED]) {
@@ -158,7 +144,7 @@ fn first_delivery(node: usize, root: &Path) -> Delivered {
 }
 
 /// Part 4: what one node delivered, all others have.
-fn show_everywhere(lab: &Lab, done: &[Delivered]) -> Result<()> {
+fn show_everywhere(lab: &Cluster, done: &[Delivered]) -> Result<()> {
     println!("4. Every node sees everything, byte by byte (each message carries a checksum).");
     for n in NODES {
         let root = lab.mount_point(n);
@@ -195,7 +181,7 @@ fn show_everywhere(lab: &Lab, done: &[Delivered]) -> Result<()> {
 }
 
 /// Part 5: node 3 dies in the middle of deliveries.
-fn kill_one(lab: &Lab) -> Result<Vec<Delivered>> {
+fn kill_one(lab: &Cluster) -> Result<Vec<Delivered>> {
     println!("5. All nodes deliver, to their own users and to {SHARED}; node {VICTIM} is killed (SIGKILL) meanwhile.");
     let stop = AtomicBool::new(false);
     let (done, killed) = std::thread::scope(|s| {
@@ -204,7 +190,7 @@ fn kill_one(lab: &Lab) -> Result<Vec<Delivered>> {
             s.spawn(move || deliver_until(n, &root, stop))
         });
         std::thread::sleep(Duration::from_millis(700));
-        let killed = lab.kill(VICTIM);
+        let killed = lab.kill9(VICTIM);
         std::thread::sleep(GO_ON);
         stop.store(true, Ordering::Relaxed);
         (nodes.map(|t| t.join().unwrap_or_default()), killed)
@@ -244,12 +230,12 @@ fn deliver_until(node: usize, root: &Path, stop: &AtomicBool) -> Delivered {
 }
 
 /// Part 6: nothing that was acknowledged is missing, by anybody.
-fn check_survivors(lab: &Lab, all: &[&Delivered]) -> Result<()> {
+fn check_survivors(lab: &Cluster, all: &[&Delivered]) -> Result<()> {
     println!("6. The survivors have every acknowledged message, also those of the dead node.");
     NODES.iter().filter(|n| **n != VICTIM).try_for_each(|n| check_node(lab, *n, all))
 }
 
-fn check_node(lab: &Lab, node: usize, all: &[&Delivered]) -> Result<()> {
+fn check_node(lab: &Cluster, node: usize, all: &[&Delivered]) -> Result<()> {
     let root = lab.mount_point(node);
     let mut seen = BTreeSet::new();
     for user in USERS.iter().chain([&SHARED]) {
