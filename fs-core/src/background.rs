@@ -45,7 +45,9 @@ impl Volume {
             },
             Job::Deferred => self.reclaim_slot(self.own_domain()).await,
         };
-        if let Err(e) = result {
+        if let Err(e) = result
+            && !e.is_leaving()
+        {
             tracing::warn!(node = %self.node(), job = ?job, "{e}");
         }
     }

@@ -73,6 +73,11 @@ pub enum FsError {
 pub type Result<T> = std::result::Result<T, FsError>;
 
 impl FsError {
+    /// The volume is being unmounted: work in the background just ends.
+    pub fn is_leaving(&self) -> bool {
+        matches!(self, Self::Cluster(ClusterError::Leaving) | Self::Journal(JournalError::Closed))
+    }
+
     pub fn damaged(owner: LockId, why: impl ToString) -> Self {
         Self::Damaged { owner, why: why.to_string() }
     }

@@ -122,7 +122,9 @@ impl Volume {
             };
             if let Err(e) = result {
                 // What the lock covers is not in its place, so it must stay held (I3): only our end can free it.
-                tracing::error!(node = %self.node(), lock = %hold.id, "cannot give the lock up: {e}");
+                if !e.is_leaving() {
+                    tracing::error!(node = %self.node(), lock = %hold.id, "cannot give the lock up: {e}");
+                }
                 self.fail(e);
                 return;
             }
@@ -197,6 +199,7 @@ impl Volume {
                     *leftovers = None;
                 }
             }
+            Err(e) if e.is_leaving() => {}
             Err(e) => tracing::warn!(node = %self.node(), domain, "unnamed files of a dead node stay for now: {e}"),
         }
     }
@@ -207,7 +210,9 @@ impl Volume {
             return;
         }
         let domain = FIRST_SLOT_DOMAIN + u32::from(dead.slot);
-        if let Err(e) = self.reclaim_slot(domain).await {
+        if let Err(e) = self.reclaim_slot(domain).await
+            && !e.is_leaving()
+        {
             tracing::warn!(node = %self.node(), slot = dead.slot, "cannot clean up after the dead node: {e}");
         }
         // Nobody else needs it; whoever takes the slot next wants it at once.

@@ -156,14 +156,14 @@ impl Volume {
 
     /// Writes everything back, gives every lock up and leaves.
     pub async fn unmount(&self) -> Result<()> {
-        let result = self.write_back_all().await;
         self.stop.send_replace(true);
-        let left = match result {
+        let result = self.write_back_all().await;
+        // What still runs in the background ends here; what it did last is lost whole.
+        self.fail(FsError::Cluster(ClusterError::Leaving));
+        match result {
             Ok(()) => self.node.leave().await.map_err(FsError::from),
             Err(e) => Err(e),
-        };
-        self.fail(FsError::Cluster(ClusterError::Leaving));
-        left
+        }
     }
 
     async fn write_back_all(&self) -> Result<()> {
@@ -172,7 +172,7 @@ impl Volume {
         self.flush_everything().await?;
         self.clean_own_slot().await;
         self.flush_everything().await?;
-        self.journal.settle_all().await?;
+        self.journal.close().await?;
         Ok(())
     }
 
@@ -340,6 +340,9 @@ impl Volume {
     }
 
     pub(crate) fn journal_failed(&self, e: journal::JournalError) -> FsError {
+        if matches!(e, journal::JournalError::Closed) {
+            return FsError::Cluster(ClusterError::Leaving);
+        }
         let e = FsError::Journal(e);
         tracing::error!(node = %self.node(), "{e}");
         self.fail(e.clone());

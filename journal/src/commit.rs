@@ -60,7 +60,8 @@ impl Journal {
         self.detached(work).await
     }
 
-    async fn write_next(&self) -> Result<()> {
+    /// Writes the running transaction; `committing` is held.
+    pub(crate) async fn write_next(&self) -> Result<()> {
         let (tx, tx_number, mut number) = {
             let mut s = self.state.lock();
             s.tx += 1;

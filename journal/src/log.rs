@@ -51,6 +51,8 @@ pub(crate) struct State {
     /// Blocks whose placing is under way.
     pub being_placed: BTreeSet<u64>,
     pub failed: Option<String>,
+    /// Nothing is written any more.
+    pub closed: bool,
     pub stats: JournalStats,
 }
 
@@ -106,6 +108,7 @@ impl Journal {
             last_sums: BTreeSet::new(),
             being_placed: BTreeSet::new(),
             failed: None,
+            closed: false,
             stats: JournalStats::default(),
         };
         let sector = dev.geometry().sector_size as usize;
@@ -185,8 +188,10 @@ impl Journal {
     }
 
     pub(crate) fn check(&self) -> Result<()> {
-        match &self.state.lock().failed {
+        let s = self.state.lock();
+        match &s.failed {
             Some(why) => Err(JournalError::Failed(why.clone())),
+            None if s.closed => Err(JournalError::Closed),
             None => Ok(()),
         }
     }

@@ -47,12 +47,19 @@ impl Journal {
         self.place(|l| l == lock, None).await
     }
 
-    /// The same for everything, and the journal is empty on disk.
-    pub async fn settle_all(&self) -> Result<()> {
-        self.commit_if(|_| true).await?;
+    /// The same for everything, for good: the journal is empty on disk and stays so. What is installed later, by work that
+    /// has not heard of the end yet, is never durable: after a clean end nobody would replay its record.
+    pub async fn close(&self) -> Result<()> {
         let work = |me: Arc<Journal>| async move {
+            let _one = me.committing.lock().await;
+            me.check()?;
+            if !me.state.lock().running.is_empty() {
+                me.write_next().await.map_err(|e| me.fail(e))?;
+            }
             me.place(|_| true, None).await?;
-            me.trim().await
+            me.trim().await?;
+            me.state.lock().closed = true;
+            Ok(())
         };
         self.detached(work).await
     }

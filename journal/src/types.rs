@@ -55,6 +55,8 @@ pub enum JournalError {
     /// An earlier commit failed: nothing can be made durable any more; the volume must be unmounted.
     #[error("the journal failed earlier ({0}): unmount and mount again")]
     Failed(String),
+    #[error("the volume is being unmounted")]
+    Closed,
     #[error("the journal of slot {slot} is damaged at byte {offset}: {reason}")]
     Damaged { slot: u16, offset: u64, reason: String },
     #[error("an operation of {bytes} bytes is too large for the journal, which takes {limit} at once")]
