@@ -67,6 +67,11 @@ impl Volume {
         domain.hold.serve_uncached().await;
         while domain.hold.block_or_touched().is_some() {}
         domain.hold.drained().await;
+        // With all its blocks freed nothing in the journal is under this lock. The lock block must not forget where the
+        // domain lies before its removal is durable (I11).
+        if self.commit().await.is_err() {
+            return;
+        }
         if let Err(e) = self.journal.settle(domain.lock_id()).await {
             self.journal_failed(e);
             return;
