@@ -95,6 +95,20 @@ async fn holes_and_allocation() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_hole_in_contents_that_grew_unwritten() {
+    let disk = disk(64 << 20).await;
+    let v = mount(&disk, "a").await;
+    let f = v.mknod(WHO, ROOT_INO, b"short", file(), true).await.expect("create").value.ino;
+    v.write(f, 0, &[7; 300], WriteOptions::default()).await.expect("write");
+    v.setattr(f, SetAttr { size: Some(352), ..Default::default() }).await.expect("grow");
+    let punch = Fallocate { keep_size: true, punch_hole: true, zero_range: false };
+    v.fallocate(f, 100, 250, punch).await.expect("punch");
+    assert_eq!(v.read(f, 0, 1000).await.expect("read").value, [vec![7; 100], vec![0; 252]].concat());
+    v.release(f).await;
+    v.unmount().await.expect("unmount");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_dead_node_is_recovered_and_what_it_synced_is_there() {
     let disk = disk(64 << 20).await;
     let dev = disk.open("a");

@@ -132,7 +132,7 @@ async fn fallocate(tx: &mut Txn<'_>, ino: u64, offset: u64, end: u64, how: Fallo
     let new_size = if how.keep_size { inode.size } else { inode.size.max(end) };
     let stays_inline = inode.is_inline() && how.punch_hole && inode.size <= INLINE_MAX as u64;
     if stays_inline {
-        punch_inline(tx, ino, &inode, offset, end).await?;
+        punch_inline(tx, ino, offset, end).await?;
     } else {
         tx.leave_tree(ino, &mut inode).await?;
         let zeroed = if how.punch_hole || how.zero_range {
@@ -155,10 +155,12 @@ async fn fallocate(tx: &mut Txn<'_>, ino: u64, offset: u64, end: u64, how: Fallo
     tx.put_inode(ino, &inode).await
 }
 
-async fn punch_inline(tx: &mut Txn<'_>, ino: u64, inode: &Inode, offset: u64, end: u64) -> Result<()> {
+async fn punch_inline(tx: &mut Txn<'_>, ino: u64, offset: u64, end: u64) -> Result<()> {
     let key = Key::new(ino_local(ino), Kind::Inline, 0);
     let mut contents = tx.get(ino_domain(ino), &key).await?.unwrap_or_default();
-    let (from, to) = (offset.min(inode.size) as usize, end.min(inode.size) as usize);
+    // Growth leaves the end of the contents unwritten: it reads as zeros.
+    let stored = contents.len() as u64;
+    let (from, to) = (offset.min(stored) as usize, end.min(stored) as usize);
     if let Some(part) = contents.get_mut(from..to) {
         part.fill(0);
     }
