@@ -61,12 +61,14 @@ impl Volume {
     /// Gets a group with a free domain number; false if there is none in the whole volume.
     pub(crate) async fn find_domain_number(&self) -> Result<bool> {
         let _one = self.searching.lock().await;
-        if self.alloc.has_domain() {
+        if let Some(group) = self.alloc.group_with_domain() {
+            // It may be on its way to another node: then there is something to wait for.
+            drop(self.enter(&self.group_hold(group), Mode::Exclusive).await?);
             return Ok(true);
         }
         for c in self.candidates().await? {
             let _ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
-            if self.alloc.has_domain() {
+            if self.alloc.group_with_domain().is_some() {
                 return Ok(true);
             }
         }

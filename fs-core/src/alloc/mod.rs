@@ -124,9 +124,9 @@ impl Allocator {
         free.saturating_sub(purpose.keeps(self.layout.group_blocks.into()))
     }
 
-    /// Whether a domain number can be taken.
-    pub fn has_domain(&self) -> bool {
-        self.inner.lock().groups.values().any(Group::has_free_domain)
+    /// A held group that has a free domain number.
+    pub fn group_with_domain(&self) -> Option<u32> {
+        self.inner.lock().groups.iter().find(|(_, g)| g.has_free_domain()).map(|(n, _)| *n)
     }
 
     pub fn reserved(&self) -> u64 {
