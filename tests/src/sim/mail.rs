@@ -118,7 +118,9 @@ impl Mail {
         let mut found = BTreeMap::new();
         for (name, ino) in &names {
             let Some(id) = number(name) else { return Err(world.fail(format!("{what}: stray name {name}"))) };
-            if found.insert(id, name.clone()).is_some() && !self.messages.lock().get(&id).is_some_and(|m| m.busy) {
+            // Moved during the listing it may be in it by both names.
+            let still = |m: &Message| quiet(m) && before.get(&id) == Some(&m.changes);
+            if found.insert(id, name.clone()).is_some() && self.messages.lock().get(&id).is_some_and(still) {
                 return Err(world.fail(format!("{} {what}: message {id} is there twice", host.name())));
             }
             let wanted = self.messages.lock().get(&id).map(|m| m.body.clone());

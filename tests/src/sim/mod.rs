@@ -22,6 +22,7 @@ mod tree;
 mod world;
 
 use std::cell::RefCell;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -96,12 +97,30 @@ fn catch_panics() {
 /// Longest virtual time of a run: nobody may wait for ever.
 const BOUND: Duration = Duration::from_secs(3600);
 
+/// Longest real time of a run. Virtual time stands still while a task turns in a circle without ever waiting.
+const REAL_BOUND: Duration = Duration::from_secs(180);
+
+/// Ends the process when a run does not end: nothing can stop its thread. Ends with the value returned.
+fn watch(world: Arc<World>) -> Sender<()> {
+    let (running, ended) = channel();
+    std::thread::spawn(move || {
+        if ended.recv_timeout(REAL_BOUND) == Err(RecvTimeoutError::Timeout) {
+            let what = format!("it does not end ({} s): some task turns in a circle", REAL_BOUND.as_secs());
+            let setup = format!("{:?}", world.setup);
+            eprintln!("{}", Failure { seed: world.setup.seed, what, setup, tail: world.trace.tail() });
+            std::process::exit(101);
+        }
+    });
+    running
+}
+
 /// Runs a seed. `verbose` prints every event as it happens.
 pub fn run(seed: u64, verbose: bool) -> Result<Totals, Box<Failure>> {
     catch_panics();
     PANIC.take();
     let setup = Setup::new(seed);
     let world = World::new(setup.clone(), verbose);
+    let _watch = watch(world.clone());
     let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let done = match rt {
         Ok(rt) => rt.block_on(async {
