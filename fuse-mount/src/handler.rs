@@ -12,6 +12,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 use crate::convert::{self, to_ino, valid};
+use crate::counters::Counters;
 use crate::errno::{errno, is_fault};
 use crate::kernel_cache::KnownInodes;
 use crate::listing;
@@ -22,6 +23,7 @@ const XATTR_SPACES: [&[u8]; 4] = [b"user.", b"trusted.", b"security.", b"system.
 pub struct Server {
     pub volume: Arc<Volume>,
     pub known: Arc<KnownInodes>,
+    pub counters: Arc<Counters>,
     pub runtime: Handle,
     /// Told when the kernel has begun to use the mount.
     pub ready: Arc<Notify>,
@@ -51,6 +53,7 @@ impl Handler for Server {
     }
 
     fn request(&self, request: Request, reply: Reply) {
+        self.counters.count(&request.op);
         let job = Job { volume: self.volume.clone(), known: self.known.clone() };
         let mut serving = Box::pin(job.serve(request, reply));
         // Most requests need nothing but memory: they are answered here, without waking another thread.

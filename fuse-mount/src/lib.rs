@@ -8,9 +8,11 @@
 //! | `handler` | requests of the kernel to operations of the volume |
 //! | `listing` | READDIR and READDIRPLUS |
 //! | `kernel_cache` | what the kernel knows, and making it forget (section 2.6 of the design) |
+//! | `counters` | how often the kernel has asked for what |
 //! | `convert`, `errno` | attributes and errors in the kernel's terms |
 
 pub mod convert;
+pub mod counters;
 pub mod daemon;
 pub mod errno;
 pub mod handler;

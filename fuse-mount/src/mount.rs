@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use crate::convert::HostClock;
+use crate::counters::Counters;
 use crate::handler::Server;
 use crate::kernel_cache::{KernelView, KnownInodes};
 use crate::options::{Hints, Options};
@@ -61,12 +62,15 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
     };
     known.mounted(session.notifier());
     let begun = Arc::new(Notify::new());
-    let server = Server { volume: volume.clone(), known, runtime: runtime.handle().clone(), ready: begun.clone() };
+    let counters = Arc::new(Counters::default());
+    let (ready_to, on) = (begun.clone(), runtime.handle().clone());
+    let server = Server { volume: volume.clone(), known, counters: counters.clone(), runtime: on, ready: ready_to };
     let serving = {
         let session = session.clone();
         std::thread::Builder::new().name("fuse".into()).spawn(move || session.run(Arc::new(server), READERS))?
     };
     runtime.spawn(unmount_on_signal(session.clone()));
+    runtime.spawn(tell_on_signal(counters));
     runtime.block_on(begun.notified());
     ready();
     let served = serving.join().map_err(|_| std::io::Error::other("the thread that serves the kernel panicked"))?;
@@ -147,6 +151,14 @@ fn random_seed() -> std::io::Result<u64> {
     // SAFETY: the buffer is as long as said.
     let n = unsafe { libc::getrandom(seed.as_mut_ptr().cast(), seed.len(), 0) };
     if n == seed.len() as isize { Ok(u64::from_ne_bytes(seed)) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// SIGUSR1 asks for the counters. Asked for, they come whatever the log's level is by default.
+async fn tell_on_signal(counters: Arc<Counters>) {
+    let Ok(mut asked) = signal(SignalKind::user_defined1()) else { return };
+    while asked.recv().await.is_some() {
+        tracing::warn!("requests of the kernel so far: {counters}");
+    }
 }
 
 /// SIGTERM and SIGINT unmount; a busy mount point is taken out of the tree and served until its last user is gone.

@@ -20,10 +20,10 @@ use std::time::{Duration, Instant};
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// How long a mount or an unmount may take.
+/// See [`Cluster::patience`].
 const PATIENCE: Duration = Duration::from_secs(40);
 /// The life of a test's cluster.
-const TEST_LIMIT: Duration = Duration::from_secs(150);
+const TEST_LIMIT: Duration = Duration::from_secs(300);
 const TEST_VOLUME: u64 = 1 << 30;
 /// Lines of a node's log to show when a test fails.
 const SHOWN: usize = 30;
@@ -98,6 +98,8 @@ pub struct Cluster {
     keeper: Sender<Start>,
     /// Bytes of address space that a program may have (RLIMIT_AS).
     pub memory: Option<u64>,
+    /// How long a mount or an unmount may take.
+    pub patience: Duration,
 }
 
 impl Cluster {
@@ -110,7 +112,7 @@ impl Cluster {
         let dir = tempfile::tempdir()?;
         // Tests look at permissions as other users.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))?;
-        Ok(Self { running, bin: programs()?, dir, keeper, memory: None })
+        Ok(Self { running, bin: programs()?, dir, keeper, memory: None, patience: PATIENCE })
     }
 
     /// As [`Cluster::new`]; a signal that ends the process (ctrl-C) ends all nodes first. For programs, before they start threads.
@@ -199,9 +201,10 @@ impl Cluster {
         command.arg(self.image()).arg(&dir).args(["-f", "-o", options]).stdout(log.try_clone()?).stderr(log);
         let child = self.spawn(command).map_err(|e| format!("mount.clusterfs: {e}"))?;
         self.running.lock().push(Running { number, child, dir: dir.clone() });
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         while !is_mounted(&dir) {
             if let Some(status) = self.ended(number)? {
+                drop(self.take(number));
                 return Err(format!("node {number} ended while mounting: {status}\n{}", self.log_text(number)).into());
             }
             if Instant::now() > deadline {
@@ -268,7 +271,7 @@ impl Cluster {
     }
 
     fn wait_for_end(&self, number: usize) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             match self.ended(number)? {
                 Some(status) if status.success() => return self.take(number).map(drop),

@@ -1,0 +1,262 @@
+//! Nodes die in the middle of deliveries: the others go on within seconds, and nothing that was acknowledged is lost.
+//!
+//! Moments and victims come from a seed, which is printed; CLUSTERFS_SEED=N plays it again. Needs root and the programs:
+//! `cargo xtask test`.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clusterfs_tests::cluster::Cluster;
+use clusterfs_tests::mail::{Mailer, MoveBy, deliver_maildir_by, make_maildir, read_maildir};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+const NODES: usize = 3;
+const ROUNDS: usize = 4;
+const BOXES: [&str; 4] = ["anna", "ben", "carla", "team"];
+/// The longest that a death may keep a survivor waiting.
+const STALL: Duration = Duration::from_secs(3);
+
+fn seed() -> u64 {
+    let seed = std::env::var("CLUSTERFS_SEED").map_or(1, |s| s.parse().expect("CLUSTERFS_SEED is a number"));
+    println!("CLUSTERFS_SEED={seed}");
+    seed
+}
+
+#[derive(Default)]
+struct Delivered {
+    ids: Vec<String>,
+    longest: Duration,
+    error: Option<std::io::Error>,
+}
+
+/// Delivers to all boxes in turn until told to stop or until the node is gone.
+fn deliver(root: &Path, seed: u64, stop: &AtomicBool) -> Delivered {
+    let mut d = Delivered::default();
+    for (i, m) in Mailer::new(seed).largest(100 << 10).enumerate() {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let how = if i % 3 == 0 { MoveBy::Link } else { MoveBy::Rename };
+        let started = Instant::now();
+        let result = deliver_maildir_by(&root.join(BOXES[(i + seed as usize) % BOXES.len()]), &m, how);
+        d.longest = d.longest.max(started.elapsed());
+        match result {
+            Ok(_) => d.ids.push(m.id),
+            Err(e) => {
+                d.error = Some(e);
+                break;
+            }
+        }
+    }
+    d
+}
+
+/// How late this machine wakes a thread that sleeps: what a stall may be longer for no fault of ours.
+fn noise(stop: &AtomicBool) -> Duration {
+    const NAP: Duration = Duration::from_millis(5);
+    let mut worst = Duration::ZERO;
+    while !stop.load(Ordering::Relaxed) {
+        let started = Instant::now();
+        std::thread::sleep(NAP);
+        worst = worst.max(started.elapsed() - NAP);
+    }
+    worst
+}
+
+/// Every acknowledged message is there exactly once and whole; others are whole.
+fn check(c: &Cluster, node: usize, acknowledged: &[String]) {
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for b in BOXES {
+        // Reading verifies each message's checksum.
+        let stored = read_maildir(&c.mount_point(node).join(b)).unwrap_or_else(|e| panic!("node {node}: {e}"));
+        for s in stored {
+            *seen.entry(s.id).or_default() += 1;
+        }
+    }
+    let lost: Vec<_> = acknowledged.iter().filter(|id| !seen.contains_key(*id)).collect();
+    assert!(lost.is_empty(), "node {node}: {} of {} acknowledged are lost: {lost:?}", lost.len(), acknowledged.len());
+    let twice: Vec<_> = seen.iter().filter(|(_, n)| **n > 1).collect();
+    assert!(twice.is_empty(), "node {node}: there more than once: {twice:?}");
+}
+
+fn start() -> Cluster {
+    let c = Cluster::start(NODES);
+    BOXES.iter().for_each(|b| make_maildir(&c.mount_point(0).join(b)).unwrap());
+    c
+}
+
+#[test]
+fn a_node_dies_at_any_moment_and_comes_back() {
+    let mut rng = StdRng::seed_from_u64(seed());
+    let c = start();
+    let mut acknowledged = Vec::new();
+    for round in 0..ROUNDS {
+        let victim = rng.random_range(0..NODES);
+        let moment = Duration::from_millis(rng.random_range(50..1200));
+        let stop = AtomicBool::new(false);
+        let (done, noise) = std::thread::scope(|s| {
+            let threads: Vec<_> = (0..NODES)
+                .map(|n| {
+                    let (root, stop) = (c.mount_point(n), &stop);
+                    let seed = (1000 + round * NODES + n) as u64;
+                    s.spawn(move || deliver(&root, seed, stop))
+                })
+                .collect();
+            let noise = s.spawn(|| noise(&stop));
+            std::thread::sleep(moment);
+            let killed = c.kill9(victim);
+            std::thread::sleep(Duration::from_secs(4));
+            stop.store(true, Ordering::Relaxed);
+            killed.unwrap();
+            let done: Vec<Delivered> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+            (done, noise.join().unwrap())
+        });
+        let counts: Vec<usize> = done.iter().map(|d| d.ids.len()).collect();
+        let waits: Vec<Duration> = done.iter().map(|d| d.longest).collect();
+        println!(
+            "round {round}: node {victim} killed after {moment:?}; delivered {counts:?}, longest waits {waits:.0?}, noise {noise:.0?}"
+        );
+        for (n, d) in done.iter().enumerate() {
+            if n == victim {
+                assert!(d.error.is_some(), "the killed node went on delivering");
+            } else {
+                assert!(d.error.is_none(), "node {n}: {:?}", d.error);
+                assert!(d.longest <= STALL + noise, "node {n} waited {:?}, noise {noise:?}", d.longest);
+                assert!(!d.ids.is_empty(), "node {n} delivered nothing");
+            }
+        }
+        acknowledged.extend(done.into_iter().flat_map(|d| d.ids));
+        let survivor = (victim + 1) % NODES;
+        check(&c, survivor, &acknowledged);
+        c.mount(victim).unwrap();
+        check(&c, victim, &acknowledged);
+    }
+    println!("{} acknowledged messages, none lost", acknowledged.len());
+    c.finish();
+}
+
+#[test]
+fn all_nodes_die_at_once() {
+    let mut rng = StdRng::seed_from_u64(seed() + 1);
+    let c = start();
+    let mut acknowledged = Vec::new();
+    for round in 0..3 {
+        let moment = Duration::from_millis(rng.random_range(100..1500));
+        let stop = AtomicBool::new(false);
+        let done: Vec<Delivered> = std::thread::scope(|s| {
+            let threads: Vec<_> = (0..NODES)
+                .map(|n| {
+                    let (root, stop) = (c.mount_point(n), &stop);
+                    let seed = (2000 + round * NODES + n) as u64;
+                    s.spawn(move || deliver(&root, seed, stop))
+                })
+                .collect();
+            std::thread::sleep(moment);
+            let killed: Vec<_> = (0..NODES).map(|n| c.kill9(n)).collect();
+            stop.store(true, Ordering::Relaxed);
+            killed.into_iter().for_each(|k| k.unwrap());
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        acknowledged.extend(done.into_iter().flat_map(|d| d.ids));
+        // What is checked is the volume as it will be once the journals are replayed.
+        let report = c.program("fsck.clusterfs", &["-n"]).unwrap();
+        println!(
+            "round {round}: all killed after {moment:?}, {} acknowledged so far; {}",
+            acknowledged.len(),
+            report.trim()
+        );
+        let started = Instant::now();
+        c.mount(0).unwrap();
+        println!("mounted again in {:?}", started.elapsed());
+        check(&c, 0, &acknowledged);
+        (1..NODES).for_each(|n| c.mount(n).unwrap());
+        check(&c, NODES - 1, &acknowledged);
+    }
+    c.finish();
+}
+
+fn status(c: &Cluster) -> String {
+    c.program("clusterfs", &["status", "--json"]).unwrap()
+}
+
+/// SIGTERM leaves nothing to be replayed, and nothing is lost, though nothing was synced.
+#[test]
+fn termination_is_an_unmount() {
+    let c = start();
+    let data = vec![7; 5 << 20];
+    for n in 0..NODES {
+        let root = c.mount_point(n);
+        fs::write(root.join(format!("large-{n}")), &data).unwrap();
+        fs::write(root.join(format!("small-{n}")), format!("of node {n}")).unwrap();
+    }
+    assert_eq!(status(&c).matches("\"live\"").count(), NODES);
+    for n in 0..NODES {
+        let started = Instant::now();
+        c.terminate(n).unwrap();
+        println!("node {n} ended {:.0?} after SIGTERM", started.elapsed());
+    }
+    let all = status(&c);
+    assert_eq!(all.matches("\"clean\"").count(), NODES, "{all}");
+    assert_eq!(
+        all.matches("\"live\"").count() + all.matches("recover").count(),
+        all.matches("recovered_by").count(),
+        "{all}"
+    );
+    c.mount(1).unwrap();
+    for n in 0..NODES {
+        let root = c.mount_point(1);
+        assert!(fs::read(root.join(format!("large-{n}"))).unwrap() == data);
+        assert_eq!(fs::read_to_string(root.join(format!("small-{n}"))).unwrap(), format!("of node {n}"));
+    }
+    c.finish();
+}
+
+/// A mount point in use is served until its users are done.
+#[test]
+fn termination_while_in_use() {
+    let c = Cluster::start(1);
+    let mut f = File::create(c.mount_point(0).join("f")).unwrap();
+    let done = std::thread::scope(|s| {
+        let ending = s.spawn(|| c.terminate(0));
+        std::thread::sleep(Duration::from_millis(300));
+        f.write_all(b"written after SIGTERM").unwrap();
+        f.sync_all().unwrap();
+        drop(f);
+        ending.join().unwrap()
+    });
+    done.unwrap();
+    c.mount(0).unwrap();
+    assert_eq!(fs::read(c.mount_point(0).join("f")).unwrap(), b"written after SIGTERM");
+    c.finish();
+}
+
+#[test]
+fn unmount_writes_everything_back() {
+    let c = Cluster::start(2);
+    for round in 0..5u8 {
+        let node = usize::from(round % 2);
+        let root = c.mount_point(node);
+        for i in 0..40u8 {
+            fs::write(root.join(format!("{round}-{i}")), vec![i; usize::from(i) * 3000]).unwrap();
+        }
+        let mut open = File::create(root.join(format!("{round}-late"))).unwrap();
+        open.write_all(&vec![round; 3 << 20]).unwrap();
+        drop(open);
+        let started = Instant::now();
+        c.unmount(node).unwrap();
+        println!("round {round}: unmounted with dirty files in {:.0?}", started.elapsed());
+        let other = c.mount_point(1 - node);
+        for i in 0..40u8 {
+            assert!(fs::read(other.join(format!("{round}-{i}"))).unwrap() == vec![i; usize::from(i) * 3000]);
+        }
+        assert!(fs::read(other.join(format!("{round}-late"))).unwrap() == vec![round; 3 << 20]);
+        c.mount(node).unwrap();
+    }
+    c.finish();
+}
