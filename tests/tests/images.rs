@@ -17,14 +17,15 @@ fn images() -> PathBuf {
 fn unpack(name: &str, to: &Path) {
     let packed = images().join(format!("{name}.img.gz"));
     let packed = File::open(&packed).unwrap_or_else(|e| panic!("{}: {e}", packed.display()));
-    copy(&mut GzDecoder::new(packed), &mut File::create(to).unwrap()).unwrap();
+    let mut image = File::create(to).expect("a file for the volume");
+    copy(&mut GzDecoder::new(packed), &mut image).expect("a volume");
 }
 
 /// `fsck.clusterfs -n -f`: exit status and what it says of the volume.
 fn fsck(image: &Path) -> (i32, String) {
     let bin = cluster::programs().unwrap_or_else(|e| panic!("{e}")).join("fsck.clusterfs");
-    let out = Command::new(bin).args(["-n", "-f"]).arg(image).output().unwrap();
-    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).replace(image.to_str().unwrap(), "IMAGE");
+    let out = Command::new(bin).args(["-n", "-f"]).arg(image).output().expect("fsck runs");
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).replace(&*image.to_string_lossy(), "IMAGE");
     (out.status.code().unwrap_or(-1), said)
 }
 
