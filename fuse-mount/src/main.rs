@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use fuse_mount::daemon::{Forked, Syslog, detach, fork};
-use fuse_mount::mount::serve;
+use fuse_mount::mount::{Error, serve};
 use fuse_mount::options::{Cli, Options};
 
 /// Blocks are 4096 bytes at multiples of 4096: the C library's allocator spends twice as much memory on each.
@@ -42,6 +42,12 @@ fn complain(what: &str, status: u8) -> ExitCode {
     ExitCode::from(status)
 }
 
+/// Errors of the device name it themselves.
+fn of_device(device: &str, e: &Error) -> String {
+    let text = e.to_string();
+    if text.starts_with(device) { text } else { format!("{device}: {text}") }
+}
+
 fn log_filter(options: &Options) -> tracing_subscriber::EnvFilter {
     tracing_subscriber::EnvFilter::new(options.log.as_deref().unwrap_or("warn"))
 }
@@ -50,7 +56,7 @@ fn foreground(cli: &Cli, options: &Options) -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(log_filter(options)).with_writer(std::io::stderr).init();
     match serve(&cli.device, &cli.dir, options, || ()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => complain(&format!("{}: {e}", cli.device), FAILED),
+        Err(e) => complain(&of_device(&cli.device, &e), FAILED),
     }
 }
 
@@ -79,11 +85,11 @@ fn background(cli: &Cli, options: &Options) -> ExitCode {
     match (result, parent) {
         (Ok(()), _) => ExitCode::SUCCESS,
         (Err(e), Some(p)) => {
-            p.tell(FAILED, &format!("{}: {e}", cli.device));
+            p.tell(FAILED, &of_device(&cli.device, &e));
             ExitCode::from(FAILED)
         }
         (Err(e), None) => {
-            tracing::error!("{}: {e}", cli.device);
+            tracing::error!("{}", of_device(&cli.device, &e));
             ExitCode::from(FAILED)
         }
     }
