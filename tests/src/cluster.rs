@@ -137,7 +137,12 @@ impl Cluster {
 
     /// A fresh volume that nobody has mounted.
     pub fn formatted(slots: usize, bytes: u64) -> Result<Self> {
-        let c = Self::new(TEST_LIMIT)?;
+        Self::formatted_for(slots, bytes, TEST_LIMIT)
+    }
+
+    /// As [`Cluster::formatted`], for a test that may take `limit`.
+    pub fn formatted_for(slots: usize, bytes: u64, limit: Duration) -> Result<Self> {
+        let c = Self::new(limit)?;
         File::create(c.image())?.set_len(bytes)?;
         c.program("mkfs.clusterfs", &["-q", "--nodes", &slots.to_string()])?;
         Ok(c)
