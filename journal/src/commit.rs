@@ -85,6 +85,7 @@ impl Journal {
             number += 1;
         }
         let (mut record, sealed) = encode_changes(&tx, number);
+        self.make_locks_durable(&record).await?;
         self.state.lock().committing = sealed.clone();
         let summed = tx.data.len() <= SUMMED_MAX && tx.data.values().all(|(_, fresh)| *fresh);
         let runs = tx.data_runs(WRITE_MAX);
@@ -108,6 +109,21 @@ impl Journal {
         let mut s = self.state.lock();
         s.committing.clear();
         s.tx_durable = tx_number;
+        Ok(())
+    }
+
+    /// Replay leaves out what was changed under a lock that the dead node does not hold (I5). Where a loss of power can undo
+    /// the compare-and-write that took a lock, it must not undo it for part of a record that itself survives (I11): the first
+    /// record under a lock is written when that is durable.
+    async fn make_locks_durable(&self, record: &Record) -> Result<()> {
+        let new = {
+            let s = self.state.lock();
+            record.locks.iter().any(|(lock, tenure)| s.durable_locks.get(lock) != Some(tenure))
+        };
+        if new && self.dev.geometry().write_cache {
+            self.dev.flush(IoClass::Lock).await?;
+        }
+        self.state.lock().durable_locks.extend(record.locks.iter().copied());
         Ok(())
     }
 

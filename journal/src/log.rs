@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Weak};
 
 use blockdev::{AlignedBuf, BlockDevice, IoClass};
-use cluster::{LockId, NodeId};
+use cluster::{LockId, NodeId, Tenure};
 use parking_lot::Mutex;
 
 use crate::block::Block;
@@ -50,6 +50,8 @@ pub(crate) struct State {
     pub last_sums: BTreeSet<u64>,
     /// Blocks whose placing is under way.
     pub being_placed: BTreeSet<u64>,
+    /// Locks whose acquisition is durable, with the tenure.
+    pub durable_locks: BTreeMap<LockId, Tenure>,
     pub failed: Option<String>,
     /// Nothing is written any more.
     pub closed: bool,
@@ -107,6 +109,7 @@ impl Journal {
             header,
             last_sums: BTreeSet::new(),
             being_placed: BTreeSet::new(),
+            durable_locks: BTreeMap::new(),
             failed: None,
             closed: false,
             stats: JournalStats::default(),

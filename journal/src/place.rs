@@ -23,6 +23,7 @@ impl Journal {
     pub async fn settle(&self, lock: LockId) -> Result<()> {
         self.commit_if(|s| s.running.touches(lock) || s.committing.values().any(|(l, _)| *l == lock)).await?;
         self.detached(|me| async move { me.place_for_release(lock).await }).await?;
+        self.state.lock().durable_locks.remove(&lock);
         debug_assert!(!self.is_pending(lock), "I3: {lock} has changes that are not in place");
         Ok(())
     }

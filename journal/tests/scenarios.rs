@@ -239,7 +239,14 @@ async fn a_settle_that_nobody_waits_for_any_more_leaves_no_write_in_flight() {
 async fn giving_a_lock_up_costs_one_flush_besides_the_commit() {
     let disk = disk(10);
     let (dev, j) = open(&disk, 1).await;
-    let changes = vec![change(FIRST, A, 5, content(A, FIRST, 100, b"file"), None)];
+    let first = content(A, FIRST, 100, b"first");
+    j.install(changes(vec![change(FIRST, A, 5, first.clone(), None)]));
+    let before = dev.stats().snapshot();
+    j.commit().await.unwrap();
+    let io = dev.stats().snapshot().since(&before).work();
+    // The first record under a lock must not outlive the compare-and-write that took the lock.
+    assert_eq!((io.flushes, io.writes, io.reads), (2, 1, 0));
+    let changes = vec![change(FIRST, A, 5, content(A, FIRST, 100, b"file"), Some(first))];
     j.install(Install { changes, data: vec![data(FIRST + 5, 5, true)], ..Install::default() });
     let before = dev.stats().snapshot();
     j.settle(A).await.unwrap();
