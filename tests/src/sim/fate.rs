@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockdev::BlockDevice;
 use blockdev::sim::OpKind;
+use blockdev::{BlockDevice, FencingKind};
 use fs_core::ROOT_INO;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -98,6 +98,21 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
                 }
             }
             45..52 if !live.is_empty() => blackout(world, rng).await?,
+            60..64 => {
+                // Shorter than any lease: everybody gets over it.
+                let stall = Duration::from_millis(rng.random_range(100..3000));
+                world.note(format_args!("the device stalls for {} ms", stall.as_millis()));
+                world.accident();
+                world.disk.stall(stall);
+                tokio::time::sleep(stall).await;
+                world.accident();
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+            64..70 if live.len() > 1 && world.setup.fencing == FencingKind::Reservations => {
+                let wakes = Duration::from_millis(rng.random_range(0..25_000));
+                let dies = Duration::from_millis(rng.random_range(0..5_000));
+                world.lose(&live[rng.random_range(0..live.len())], rng.random_bool(0.5), wakes, dies);
+            }
             52..60 if live.len() > 1 => {
                 let host = live[rng.random_range(0..live.len())].clone();
                 match world.leave(&host).await {
@@ -137,6 +152,9 @@ async fn blackout(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
 }
 
 async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mail: Arc<Mail>) -> Outcome<()> {
+    while world.lost() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     match rng.random_range(0..3) {
         0 => blackout(world, rng).await?,
         how => {

@@ -27,6 +27,8 @@ pub struct Setup {
     pub fencing: FencingKind,
     pub write_cache: bool,
     pub split_writes: bool,
+    /// How late a write of a node that died or hangs may arrive, unless the node was fenced before.
+    pub late_write_delay: Duration,
     pub latency_us: (u64, u64),
     pub journal_bytes: u64,
     pub cache_bytes: usize,
@@ -53,6 +55,7 @@ impl Setup {
             fencing: if rng.random_bool(0.8) { FencingKind::ProcessLock } else { FencingKind::Reservations },
             write_cache: rng.random_bool(0.8),
             split_writes: rng.random_bool(0.3),
+            late_write_delay: Duration::from_secs([0, 3, 20][rng.random_range(0..3)]),
             latency_us: [(100, 2500), (50, 400), (500, 15_000)][rng.random_range(0..3)],
             journal_bytes: pick(&mut rng, &[1 << 20, 1 << 20, 4 << 20]),
             cache_bytes: pick(&mut rng, &[256 << 10, 16 << 20]) as usize,
@@ -78,6 +81,7 @@ impl Setup {
         cfg.fencing = self.fencing;
         cfg.write_cache = self.write_cache;
         cfg.split_writes = self.split_writes;
+        cfg.late_write_delay = self.late_write_delay;
         cfg.latency_us = self.latency_us.0..=self.latency_us.1;
         SimDisk::from_snapshot(cfg, &image(self.journal_bytes))
     }

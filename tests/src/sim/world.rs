@@ -39,6 +39,9 @@ pub struct Host {
     pub dev: Arc<SimNode>,
     pub volume: Arc<Volume>,
     port: Option<Arc<SimPort>>,
+    /// Hung or cut off for too long: given up by everybody, though it may wake up yet.
+    lost: AtomicBool,
+    given_up: Notify,
     /// About to unmount: clients go elsewhere.
     pub retiring: AtomicBool,
     /// Clients that work here.
@@ -64,7 +67,22 @@ impl Host {
     }
 
     pub fn dead(&self) -> bool {
-        self.dev.mode() == NodeMode::Crashed
+        self.lost.load(Relaxed) || self.dev.mode() == NodeMode::Crashed
+    }
+
+    /// Waits for the end of this life.
+    async fn ended(&self) {
+        let given_up = self.given_up.notified();
+        tokio::pin!(given_up);
+        given_up.as_mut().enable();
+        if self.dead() {
+            return;
+        }
+        tokio::select! {
+            biased;
+            () = self.dev.crashed() => {}
+            () = given_up => {}
+        }
     }
 
     /// A sync of the whole node that began when `upto` was the latest change has been acknowledged.
@@ -178,6 +196,11 @@ impl World {
         self.hosts.lock().iter().flatten().filter(|h| !h.dead()).cloned().collect()
     }
 
+    /// Whether a node that everybody has given up has not been killed yet.
+    pub fn lost(&self) -> bool {
+        self.hosts.lock().iter().flatten().any(|h| h.dead())
+    }
+
     pub fn is_up(&self, index: usize) -> bool {
         self.hosts.lock()[index].is_some()
     }
@@ -222,7 +245,7 @@ impl World {
         // A mount may have to wait for the death of the node whose slot it takes, and then, as every operation may, for
         // those that hold what it reads.
         let patience = 2 * self.setup.patience();
-        let mounted = match self.bounded(&dev, &format!("{name} mount"), patience, mounting).await {
+        let mounted = match self.bounded(dev.crashed(), &format!("{name} mount"), patience, mounting).await {
             Err(Stop::Down) => {
                 self.note(format_args!("{name} died while it mounted"));
                 self.died(port.as_deref());
@@ -239,6 +262,8 @@ impl World {
             dev,
             volume,
             port,
+            lost: AtomicBool::new(false),
+            given_up: Notify::new(),
             retiring: AtomicBool::new(false),
             users: AtomicUsize::new(0),
             promise: Mutex::new(Promise { durable: 0, synced: 0, found: 0, lost: Ack::MAX }),
@@ -271,6 +296,33 @@ impl World {
         self.totals.lock().crashes += 1;
         self.accident();
         self.changed.notify_waiters();
+    }
+
+    /// A node hangs, or loses its path to the device, for so long that the others take over; then it wakes up, and nothing it
+    /// does may matter any more (I12). Later it is killed.
+    pub fn lose(self: &Arc<Self>, host: &Arc<Host>, cut: bool, wakes: Duration, dies: Duration) {
+        self.note(format_args!("{} {}", host.name(), if cut { "is cut off" } else { "hangs" }));
+        if cut {
+            host.dev.cut(true);
+        } else {
+            host.dev.hang(true);
+        }
+        host.lost.store(true, Relaxed);
+        host.given_up.notify_waiters();
+        self.accident();
+        self.changed.notify_waiters();
+        let (world, host) = (self.clone(), host.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(wakes).await;
+            world.note(format_args!("{} wakes up", host.name()));
+            if cut {
+                host.dev.cut(false);
+            } else {
+                host.dev.hang(false);
+            }
+            tokio::time::sleep(dies).await;
+            host.dev.crash();
+        });
     }
 
     /// Unmounts a host; its clients have gone or are going.
@@ -319,12 +371,12 @@ impl World {
 
     /// Runs an operation of a host to its end, unless the host dies; it must end in time.
     pub async fn call<T>(&self, host: &Host, what: &str, op: impl Future<Output = T>) -> Outcome<T> {
-        self.bounded(&host.dev, &format!("{} {what}", host.name()), self.setup.patience(), op).await
+        self.bounded(host.ended(), &format!("{} {what}", host.name()), self.setup.patience(), op).await
     }
 
     async fn bounded<T>(
         &self,
-        dev: &SimNode,
+        ended: impl Future<Output = ()>,
         what: &str,
         patience: Duration,
         op: impl Future<Output = T>,
@@ -341,7 +393,7 @@ impl World {
         };
         tokio::select! {
             biased;
-            () = dev.crashed() => Err(Stop::Down),
+            () = ended => Err(Stop::Down),
             done = op => {
                 self.totals.lock().operations += 1;
                 Ok(done)
