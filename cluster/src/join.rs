@@ -219,6 +219,7 @@ impl Joiner {
             hint_counter: Mutex::new(0),
             hint_windows: Mutex::new(BTreeMap::new()),
             recovering: Watched::new(BTreeSet::new()),
+            stuck: Mutex::new(BTreeMap::new()),
             stats: Default::default(),
             tasks: Mutex::new(JoinSet::new()),
         });

@@ -60,7 +60,7 @@ pub enum ClusterError {
     Lapsed,
     #[error("this node is leaving the volume")]
     Leaving,
-    #[error("slot {slot} cannot be recovered: {reason}")]
+    #[error("the journal of slot {slot} cannot be replayed, and what its node held cannot be used: {reason}")]
     Recovery { slot: Slot, reason: String },
 }
 

@@ -249,6 +249,7 @@ impl Shared {
             match self.ask(id, mode, &op, false).await? {
                 Asked::Granted(grant) => return Ok(grant),
                 Asked::Waits(now) => {
+                    self.can_end(&now)?;
                     if holders(&now) != holders(&block) {
                         rung = self.tell(id, &now, false);
                         interval = self.timeouts.doorbell();
@@ -265,6 +266,12 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Waiting makes no sense while the lock is a node's that can neither give it up nor be recovered.
+    fn can_end(&self, block: &LockBlock) -> Result<()> {
+        let stuck = self.stuck.lock();
+        holders(block).iter().find_map(|n| stuck.get(&n.slot)).map_or(Ok(()), |e| Err(e.clone()))
     }
 
     /// Makes the request on disk, or looks what became of it.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use blockdev::BlockDevice;
 use tokio::time::{Instant, sleep_until};
 
+use crate::ClusterError;
 use crate::format::{SlotBlock, SlotState};
 use crate::node::{Shared, State};
 use crate::watch::{Round, Verdict, Watches};
@@ -29,9 +30,11 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 }
 
 async fn look(shared: &Arc<Shared>, watches: &mut Watches, round: &Round) {
-    for block in &round.slots {
+    for (block, slot) in round.slots.iter().zip(0..) {
         match block {
             Ok(block) => {
+                // A journal that cannot be replayed stays so; a block is as good as it reads now.
+                shared.stuck.lock().retain(|s, e| *s != slot || matches!(e, ClusterError::Recovery { .. }));
                 if block.slot == shared.me.slot {
                     let ours = block.state == SlotState::Live && block.incarnation == shared.me.incarnation;
                     if !ours && *shared.state.borrow() == State::Live {
@@ -41,7 +44,11 @@ async fn look(shared: &Arc<Shared>, watches: &mut Watches, round: &Round) {
                 }
                 shared.learn(block.clone());
             }
-            Err(e) => tracing::warn!(node = %shared.me, "{e}"),
+            Err(e) => {
+                if shared.stuck.lock().insert(slot, e.clone()).is_none() {
+                    tracing::error!(node = %shared.me, "{e}: locks of its node stay taken");
+                }
+            }
         }
     }
     if !watches.accept(round, &shared.timeouts) {

@@ -57,6 +57,8 @@ pub(crate) struct Shared {
     pub hint_windows: Mutex<BTreeMap<Slot, ReplayWindow>>,
     /// Recoveries under way here, by victim.
     pub recovering: Watched<std::collections::BTreeSet<Slot>>,
+    /// Slots whose locks nobody can free for now, and why: waiting for them is given up.
+    pub stuck: Mutex<BTreeMap<Slot, ClusterError>>,
     pub stats: Counters,
     pub tasks: Mutex<JoinSet<()>>,
 }

@@ -9,7 +9,10 @@ use std::sync::Arc;
 
 use crate::format::{SlotBlock, SlotState};
 use crate::node::{Shared, State};
-use crate::{NodeId, Result};
+use crate::{ClusterError, NodeId, Result};
+
+/// After so many failures those who wait for the dead node's locks get an error.
+const GIVE_UP_WAITING: u32 = 3;
 
 /// Starts the recovery of the incarnation in `block` as a task.
 pub(crate) fn start(shared: &Arc<Shared>, block: SlotBlock) {
@@ -44,7 +47,13 @@ async fn recover(shared: &Arc<Shared>, block: SlotBlock) -> Result<()> {
     }
     shared.learn(claimed.clone());
     tracing::info!(node = %shared.me, "recovering {dead}: replaying its journal");
+    let mut failures = 0;
     while let Err(reason) = shared.recoverer.replay(dead).await {
+        failures += 1;
+        if failures == GIVE_UP_WAITING {
+            let why = ClusterError::Recovery { slot: dead.slot, reason: reason.clone() };
+            shared.stuck.lock().insert(dead.slot, why);
+        }
         tracing::error!(node = %shared.me, "journal of {dead}: {reason}; its locks stay taken until it can be replayed");
         tokio::select! {
             biased;
@@ -53,6 +62,7 @@ async fn recover(shared: &Arc<Shared>, block: SlotBlock) -> Result<()> {
             () = tokio::time::sleep(2 * shared.timeouts.heartbeat()) => {}
         }
     }
+    shared.stuck.lock().remove(&dead.slot);
     let mut ended = claimed.successor(shared.nonce());
     ended.end(last, false);
     if let Some(other) = shared.change_slot(&claimed, &ended).await? {

@@ -149,7 +149,10 @@ impl Volume {
         });
         node.start(Arc::new(crate::revoke::Client { volume: volume.me.clone() }));
         // The root must be readable: a mount that cannot serve says so now.
-        volume.getattr(ROOT_INO).await?;
+        if let Err(e) = volume.getattr(ROOT_INO).await {
+            let _ = volume.node.leave().await;
+            return Err(e.into());
+        }
         volume.start_background();
         Ok(volume)
     }

@@ -259,3 +259,32 @@ async fn the_same_seed_gives_the_same_run() {
     }
     assert_eq!(run().await, run().await);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_what_cannot_be_recovered_gets_an_error() {
+    let w = World::fenced_by(4, 70, FencingKind::ProcessLock).await;
+    let hopeless = Options { failures: u32::MAX, ..Options::default() };
+    let (a, b) = (w.peer().await, w.peer_with(hopeless).await.unwrap());
+    a.take(D, Mode::Exclusive).await;
+    let slot = a.crash().slot;
+    let start = Instant::now();
+    let err = b.node.acquire(D, Mode::Shared).await.unwrap_err();
+    assert!(matches!(err, ClusterError::Recovery { slot: s, .. } if s == slot), "{err}");
+    assert!(start.elapsed() < Duration::from_secs(20));
+    // The rest of the volume can be used, and the node can leave.
+    b.take(LockId::Domain(2), Mode::Exclusive).await;
+    b.node.leave().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_damaged_slot_block_is_told_to_who_waits_for_its_node() {
+    let w = World::fenced_by(4, 71, FencingKind::ProcessLock).await;
+    let (a, b) = (w.peer().await, w.peer().await);
+    a.take(D, Mode::Exclusive).await;
+    let slot = a.crash().slot;
+    let at = w.layout.slot_block(slot);
+    let raw = w.disk.open_raw();
+    raw.write(IoClass::Meta, at, Arc::new(AlignedBuf::zeroed(512)), true).await.unwrap();
+    let err = b.node.acquire(D, Mode::Shared).await.unwrap_err();
+    assert!(matches!(err, ClusterError::Damaged { offset, .. } if offset == at), "{err}");
+}
