@@ -301,7 +301,7 @@ fn flips(crashed: bool, count: usize, seed: u64) {
     println!("seed {seed}");
     let mut c = Cluster::formatted(2, 16 * MIB).unwrap();
     c.memory = Some(MEMORY);
-    c.patience = Duration::from_secs(4);
+    c.patience = Duration::from_secs(15);
     c.mount(0).unwrap();
     let expected = fill(&c.mount_point(0), &mut rng);
     if crashed {
@@ -314,7 +314,7 @@ fn flips(crashed: bool, count: usize, seed: u64) {
     let base = fs::read(&image).unwrap();
     let classes = metadata_blocks(&base);
     let full: Vec<usize> = (0..classes.len()).filter(|k| !classes[*k].is_empty()).collect();
-    let (mut reported, mut refused, mut waiting, mut mounts, mut errors) = (0, 0, 0, 0, 0);
+    let (mut reported, mut refused, mut mounts, mut errors) = (0, 0, 0, 0);
     for i in 0..count {
         let class = full[i % full.len()];
         let block = *classes[class].choose(&mut rng).unwrap();
@@ -337,14 +337,8 @@ fn flips(crashed: bool, count: usize, seed: u64) {
             let e = e.to_string();
             assert!(!e.contains("panicked"), "{what}: {e}");
             assert_ne!(check.code, Some(0), "{what}: fsck finds nothing, but: {e}");
-            if e.contains("does not get mounted") {
-                // It waits for locks of a node whose record or journal cannot be read; its log must say so.
-                assert!(e.contains("checksum") || e.contains("cannot be replayed"), "{what}: {e}");
-                let _ = c.kill9(0);
-                waiting += 1;
-            } else {
-                refused += 1;
-            }
+            assert!(!e.contains("does not get mounted"), "{what}: it hangs: {e}");
+            refused += 1;
         } else {
             mounts += 1;
             let root = c.mount_point(0);
@@ -369,8 +363,8 @@ fn flips(crashed: bool, count: usize, seed: u64) {
         fs::write(c.path().join("node0.log"), b"").unwrap();
     }
     println!(
-        "{count} flips: fsck reported {reported}; {mounts} mounts went well, {refused} were refused, {waiting} waited for \
-         what cannot be recovered; {errors} reads gave errors"
+        "{count} flips: fsck reported {reported}; {mounts} mounts went well, {refused} were refused; {errors} reads \
+         gave errors"
     );
 }
 
