@@ -46,6 +46,8 @@ fn main() -> ExitCode {
                 return exit::OPERATIONAL.into();
             }
         }
+        // It names the device itself.
+        Err(e @ fsck::FsckError::Open(_)) => eprintln!("fsck.clusterfs: {e}"),
         Err(e) => eprintln!("fsck.clusterfs: {}: {e}", args.device.display()),
     }
     fsck::code(&outcome).into()

@@ -34,8 +34,9 @@ impl Handler for Server {
         let flags = InitFlags::ASYNC_READ
             | InitFlags::BIG_WRITES
             | InitFlags::MAX_PAGES
+            // Always with attributes, which lie beside the names: left to itself the kernel asks so for the first batch
+            // only, and looks the other names up one by one when they are used.
             | InitFlags::DO_READDIRPLUS
-            | InitFlags::READDIRPLUS_AUTO
             | InitFlags::PARALLEL_DIROPS
             | InitFlags::POSIX_ACL
             | InitFlags::DONT_MASK

@@ -76,7 +76,7 @@ fn refused(c: &Cluster, name: &str, args: &[&str], says: &str) -> Outcome {
     assert_eq!(lines.len(), 1, "not one line: {all}");
     assert!(lines[0].starts_with(name), "does not say who speaks: {all}");
     let twice = args.iter().find(|a| lines[0].contains(&format!("{a}: {a}: ")));
-    assert!(twice.is_none() || name != "mount.clusterfs", "says it twice: {all}");
+    assert!(twice.is_none(), "says it twice: {all}");
     assert!(lines[0].to_lowercase().contains(&says.to_lowercase()), "does not say {says:?}: {all}");
     o
 }
