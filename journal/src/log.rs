@@ -12,8 +12,8 @@ use crate::format::{HEADER_COPY, Header, RING_START};
 use crate::running::Running;
 use crate::types::{Install, JournalError, RecordNo, Region, Result, TxNo};
 
-/// Dirty blocks in memory, running or logged, beyond which operations wait for a checkpoint (64 MiB).
-const DIRTY_MAX: usize = 16_384;
+/// Dirty blocks in memory, running or logged, beyond which operations wait for a checkpoint (32 MiB, as much again while they are placed).
+const DIRTY_MAX: usize = 8192;
 
 /// A block whose record is durable and that is not in its place yet.
 pub(crate) struct Logged {
