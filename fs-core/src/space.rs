@@ -1,6 +1,7 @@
 //! Getting hold of groups with free space, the volume's free space as a whole, and frees into groups that others hold.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use blockdev::IoClass;
 use cluster::{LockBlock, LockId, Mode};
@@ -15,6 +16,11 @@ use crate::volume::Volume;
 
 /// Deferred frees that one operation carries out.
 const FREES_AT_ONCE: usize = 64;
+/// How long a node steps back, per attempt and slot number, when it lost the group that it needs beside a domain.
+const MAKE_WAY: Duration = Duration::from_millis(50);
+const MAKE_WAY_MOST: Duration = Duration::from_secs(2);
+/// So often the owner of a slot tries at once: somebody else may be its owner on the next mount.
+const OWNERS_ATTEMPTS: u32 = 20;
 /// Lock blocks read at once when groups are looked over.
 const SURVEY_BYTES: u64 = 1 << 20;
 
@@ -138,14 +144,34 @@ impl Volume {
             };
             drop(self.enter(&self.group_hold(group), Mode::Exclusive).await?);
             let mut plan = Plan::write(&[domain], Purpose::Reclaim);
+            let mut lost = 0;
             loop {
                 let mut tx = self.begin(&plan).await?;
                 let r = carry_out(&mut tx, domain, group).await;
+                if matches!(r, Err(FsError::NeedGroup(_))) {
+                    // Before it asks again: while this node waits, others may have both.
+                    drop(tx);
+                    self.make_way(domain, lost).await;
+                    drop(self.enter(&self.group_hold(group), Mode::Exclusive).await?);
+                    lost += 1;
+                    continue;
+                }
                 if self.finish(tx, r, &mut plan).await?.is_some() {
                     break;
                 }
             }
         }
+    }
+
+    /// The frees of a slot need its domain and a group together, and neither is kept while waiting for the other. The one who
+    /// recovered the slot and the one who lives in it now could take one from the other for ever: all but the owner
+    /// wait, each a different time, longer with every attempt.
+    async fn make_way(&self, domain: u32, attempt: u32) {
+        if domain == self.own_domain() && attempt < OWNERS_ATTEMPTS {
+            return;
+        }
+        let step = MAKE_WAY * (u32::from(self.node().slot) + 1);
+        tokio::time::sleep((step * (attempt + 1)).min(MAKE_WAY_MOST)).await;
     }
 
     /// Deferred frees of this slot, also of its earlier incarnations. What cannot be done now is done by a later mount.

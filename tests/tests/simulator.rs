@@ -10,6 +10,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (227, "rmdir changed the lock block of the removed directory's domain before the removal was durable"),
     (10027, "a hole punched into short contents that had grown by truncate was not made"),
     (10054, "mkdir turned in a circle while the group of the next domain number was being given up"),
+    (
+        661,
+        "the owner of a slot and the node that had recovered it took the slot's domain and a group from each other for ever",
+    ),
+    (3918, "the same, during an unmount"),
     (30461, "a loss of power undid the taking of one lock of a record that itself survived: half of it was replayed"),
 ];
 

@@ -186,6 +186,10 @@ async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mai
 
 /// The check of a volume that nobody has mounted: with the journals of the dead replayed in memory.
 async fn fsck(world: &Arc<World>, when: &str) -> Outcome<()> {
+    if world.setup.fencing != FencingKind::ProcessLock {
+        // A heartbeat on its way from a node that died looks like life.
+        tokio::time::sleep(world.setup.late_write_delay).await;
+    }
     let raw: Arc<dyn BlockDevice> = world.disk.open_raw();
     let report = fs_core::check::check(&raw, None).await;
     let report = report.map_err(|e| world.fail(format!("fsck {when}: {e}")))?;

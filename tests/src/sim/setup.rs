@@ -67,11 +67,13 @@ impl Setup {
 
     /// Longest time an operation may take after the last accident: a survivor notices a dead process within a heartbeat,
     /// a silent node after its lease and two heartbeats (`cluster::Timeouts::dead_after`), plus what the recovery takes.
+    /// Replay reads the blocks it changes one at a time.
     pub fn patience(&self) -> Duration {
         let t = cluster::Timeouts::default();
+        let work = Duration::from_secs(3) + 200 * Duration::from_micros(self.latency_us.1);
         match self.fencing {
-            FencingKind::ProcessLock => Duration::from_secs(3),
-            _ => t.dead_after() + 2 * t.heartbeat() + Duration::from_secs(3),
+            FencingKind::ProcessLock => work,
+            _ => t.dead_after() + 2 * t.heartbeat() + work,
         }
     }
 

@@ -4,9 +4,9 @@
 //! acknowledged. After a crash some prefix of the changes must be there, not shorter than what was synced. Contents reach
 //! the device later than names do: in the state after a prefix a file has the contents of some moment between its last
 //! sync and the end of that prefix. Where contents were written over older ones in place, newer ones may show through, by
-//! sectors.
+//! sectors; cutting a file short writes zeros over the rest of its last block.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::world::Ack;
@@ -16,6 +16,8 @@ pub type Bytes = Arc<Vec<u8>>;
 
 /// The unit that a device writes whole.
 const SECTOR: usize = 512;
+/// The unit in which contents are written: what lies in the last one beyond the end of a file that was cut is zeros.
+const BLOCK: usize = 4096;
 /// Contents up to this size lie in the tree as long as the file never had blocks, and change as a whole.
 const INLINE: usize = 1024;
 pub const ROOT: Id = 0;
@@ -343,6 +345,8 @@ impl Tree {
     /// All contents that files have had since the durable state.
     fn contents_by_file(&self) -> BTreeMap<Id, Vec<Bytes>> {
         let mut all: BTreeMap<Id, Vec<Bytes>> = BTreeMap::new();
+        // Of these the last block has been cut, and is zeros beyond the end.
+        let mut cut = BTreeSet::new();
         for (id, o) in &self.base.objs {
             if let Obj::File(f) = o {
                 all.insert(*id, f.versions.iter().map(|(_, c)| c.clone()).collect());
@@ -352,7 +356,18 @@ impl Tree {
             match change {
                 Change::Create { id, .. } => all.entry(*id).or_default().push(Bytes::default()),
                 Change::Write { id, contents } | Change::Resize { id, contents } => {
-                    all.entry(*id).or_default().push(contents.clone());
+                    let of = all.entry(*id).or_default();
+                    let blocks = matches!(self.base.objs.get(id), Some(Obj::File(f)) if f.blocks)
+                        || of.iter().any(|old| old.len() > INLINE);
+                    if blocks && of.last().is_some_and(|old| old.len() > contents.len()) {
+                        cut.insert(*id);
+                    }
+                    of.push(contents.clone());
+                    if cut.contains(id) && !contents.len().is_multiple_of(BLOCK) {
+                        let mut whole = (**contents).clone();
+                        whole.resize(contents.len().next_multiple_of(BLOCK), 0);
+                        of.push(Arc::new(whole));
+                    }
                 }
                 _ => {}
             }

@@ -4,10 +4,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
+use blockdev::FencingKind;
 use blockdev::sim::{NodeMode, SimDisk, SimNode};
-use cluster::HintNet;
 use cluster::simnet::{NetRates, SimNet, SimPort};
-use fs_core::{Atime, FsError, MountConfig, NoKernelCache, Time, Volume, WallClock};
+use cluster::{ClusterError, HintNet};
+use fs_core::{Atime, FsError, MountConfig, MountError, NoKernelCache, Time, Volume, WallClock};
 use parking_lot::Mutex;
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -214,6 +215,11 @@ impl World {
         self.accidents.lock().back().copied()
     }
 
+    fn heartbeats_on_their_way(&self) -> bool {
+        let late = self.setup.late_write_delay + Duration::from_secs(2);
+        self.setup.fencing != FencingKind::ProcessLock && self.last_accident().is_some_and(|a| a.elapsed() < late)
+    }
+
     // ---- lives -------------------------------------------------------------------------------------------------
 
     /// Mounts the volume on a host that is down. `None`: it died before it was mounted.
@@ -227,31 +233,41 @@ impl World {
         let dev = self.disk.open(&name);
         let port = self.net.as_ref().map(|n| n.open());
         self.note(format_args!("{name} mounts"));
-        let mounting = Volume::mount(MountConfig {
-            device: dev.clone(),
-            net: port.clone().map(|p| p as Arc<dyn HintNet>),
-            clock: Arc::new(SimClock(Instant::now())),
-            kernel: Arc::new(NoKernelCache),
-            host_name: name.clone(),
-            seed: self.setup.seed.wrapping_mul(1000).wrapping_add(index as u64 * 100 + u64::from(life)),
-            read_only: false,
-            atime: if self.setup.seed.is_multiple_of(2) { Atime::Never } else { Atime::Relative },
-            cache_bytes: self.setup.cache_bytes,
-            dirty_bytes: self.setup.dirty_bytes,
-        });
+        let mounting = || {
+            Volume::mount(MountConfig {
+                device: dev.clone(),
+                net: port.clone().map(|p| p as Arc<dyn HintNet>),
+                clock: Arc::new(SimClock(Instant::now())),
+                kernel: Arc::new(NoKernelCache),
+                host_name: name.clone(),
+                seed: self.setup.seed.wrapping_mul(1000).wrapping_add(index as u64 * 100 + u64::from(life)),
+                read_only: false,
+                atime: if self.setup.seed.is_multiple_of(2) { Atime::Never } else { Atime::Relative },
+                cache_bytes: self.setup.cache_bytes,
+                dirty_bytes: self.setup.dirty_bytes,
+            })
+        };
         if let Some(n) = crash_at {
             dev.crash_at(n);
         }
         // A mount may have to wait for the death of the node whose slot it takes, and then, as every operation may, for
         // those that hold what it reads.
         let patience = 2 * self.setup.patience();
-        let mounted = match self.bounded(dev.crashed(), &format!("{name} mount"), patience, mounting).await {
-            Err(Stop::Down) => {
-                self.note(format_args!("{name} died while it mounted"));
-                self.died(port.as_deref());
-                return Ok(None);
+        let mounted = loop {
+            match self.bounded(dev.crashed(), &format!("{name} mount"), patience, mounting()).await {
+                Err(Stop::Down) => {
+                    self.note(format_args!("{name} died while it mounted"));
+                    self.died(port.as_deref());
+                    return Ok(None);
+                }
+                // A heartbeat on its way from a node that died looks like life: whoever mounts must try again.
+                Ok(Err(MountError::Fs(FsError::Cluster(ClusterError::Full { .. }))))
+                    if self.heartbeats_on_their_way() =>
+                {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                r => break r?,
             }
-            r => r?,
         };
         let volume = mounted.map_err(|e| self.fail(format!("{name} cannot mount: {e}")))?;
         self.totals.lock().mounts += 1;
