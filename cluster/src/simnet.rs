@@ -21,11 +21,13 @@ pub struct NetRates {
     pub duplicate: f64,
     /// Each copy takes between the shortest and the longest time, so datagrams overtake each other.
     pub delay: (Duration, Duration),
+    /// Probability that somebody off the LUN sends another datagram too: an old one to a wrong port, or one with a changed bit.
+    pub forged: f64,
 }
 
 impl Default for NetRates {
     fn default() -> Self {
-        Self { loss: 0.0, duplicate: 0.0, delay: (Duration::from_micros(100), Duration::from_micros(500)) }
+        Self { loss: 0.0, duplicate: 0.0, delay: (Duration::from_micros(100), Duration::from_micros(500)), forged: 0.0 }
     }
 }
 
@@ -34,6 +36,8 @@ struct State {
     rates: NetRates,
     cut: BTreeSet<u32>,
     inboxes: BTreeMap<u32, mpsc::UnboundedSender<Vec<u8>>>,
+    /// What a listener has heard, for forgeries.
+    heard: Option<Vec<u8>>,
 }
 
 /// The network; every node opens its own [`SimPort`].
@@ -51,7 +55,8 @@ pub struct SimPort {
 impl SimNet {
     pub fn new(seed: u64) -> Arc<Self> {
         let rng = StdRng::seed_from_u64(seed);
-        let state = State { rng, rates: NetRates::default(), cut: BTreeSet::new(), inboxes: BTreeMap::new() };
+        let state =
+            State { rng, rates: NetRates::default(), cut: BTreeSet::new(), inboxes: BTreeMap::new(), heard: None };
         Arc::new(Self { state: Mutex::new(state) })
     }
 
@@ -71,6 +76,22 @@ impl SimNet {
     /// Puts a datagram into a port's inbox, as anybody on the network could.
     pub fn inject(self: &Arc<Self>, to: &[u8], datagram: Vec<u8>) {
         self.deliver(None, to, datagram);
+    }
+
+    /// What somebody who hears this datagram makes of it and of an earlier one.
+    fn forgery(&self, datagram: &[u8]) -> Option<(u32, Vec<u8>)> {
+        let mut state = self.state.lock();
+        let State { rng, rates, inboxes, heard, .. } = &mut *state;
+        if rates.forged <= 0.0 || !rng.random_bool(rates.forged) {
+            return None;
+        }
+        let mut forged = heard.replace(datagram.to_vec())?;
+        if rng.random_bool(0.5) && !forged.is_empty() {
+            let at = rng.random_range(0..forged.len());
+            forged[at] ^= 1 << rng.random_range(0..8);
+        }
+        let to = rng.random_range(0..inboxes.len());
+        Some((*inboxes.keys().nth(to)?, forged))
     }
 
     fn deliver(self: &Arc<Self>, from: Option<u32>, to: &[u8], datagram: Vec<u8>) {
@@ -122,6 +143,9 @@ impl HintNet for SimPort {
     }
 
     fn send(&self, to: &[u8], datagram: Vec<u8>) {
+        if let Some((to, forged)) = self.net.forgery(&datagram) {
+            self.net.deliver(None, &to.to_le_bytes(), forged);
+        }
         self.net.deliver(Some(self.number), to, datagram);
     }
 

@@ -27,7 +27,7 @@ impl State {
                 (req, 1) if req.has_effect() => {
                     let req = req.clone();
                     // Its outcome is unknown to the caller, whatever it was.
-                    let _ = self.execute(seq, op.node, op.epoch, &req);
+                    let _ = self.execute_as(seq, op.node, op.epoch, op.issued, &req);
                 }
                 _ => {}
             }
@@ -83,11 +83,11 @@ impl State {
         if self.cfg.late_write_delay.is_zero() || !self.queue.remove(&(op.moment, seq)) {
             return false;
         }
-        let (node, epoch, req) = (op.node, op.epoch, op.req.clone());
+        let (node, epoch, issued, req) = (op.node, op.epoch, op.issued, op.req.clone());
         self.ops.remove(&seq);
         let delay = self.rng.random_range(0..=self.cfg.late_write_delay.as_micros() as u64);
         let moment = now + Duration::from_micros(delay);
-        self.schedule(Op { node, epoch, req, moment, done_at: moment, result: None, detached: true });
+        self.schedule(Op { node, epoch, issued, req, moment, done_at: moment, result: None, detached: true });
         true
     }
 
@@ -104,18 +104,27 @@ impl State {
             if op.detached || (op.result.is_some() && op.done_at <= now) {
                 continue;
             }
-            let (epoch, req) = (op.epoch, op.req.clone());
+            let (epoch, issued, req) = (op.epoch, op.issued, op.req.clone());
             let (moment, queued) = (op.moment, op.result.is_none());
             if !(queued && self.rng.random_bool(0.5) && self.send_late(seq)) {
                 if queued && req.has_effect() && self.rng.random_bool(0.5) {
                     let req = req.clone();
-                    self.schedule(Op { node, epoch, req, moment, done_at: moment, result: None, detached: true });
+                    self.schedule(Op {
+                        node,
+                        epoch,
+                        issued,
+                        req,
+                        moment,
+                        done_at: moment,
+                        result: None,
+                        detached: true,
+                    });
                 }
                 self.queue.remove(&(moment, seq));
             }
             let result = Some(Err(req.unknown()));
             let done_at = now + self.cfg.cut_timeout;
-            self.ops.insert(seq, Op { node, epoch, req, moment, done_at, result, detached: false });
+            self.ops.insert(seq, Op { node, epoch, issued, req, moment, done_at, result, detached: false });
         }
         self.set_mode(node, NodeMode::Cut);
     }

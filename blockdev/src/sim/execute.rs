@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use rand::RngExt;
+use tokio::time::Instant;
 
 use super::fault::WriteFault;
 use super::request::{Reply, Req};
@@ -10,7 +11,22 @@ use super::state::State;
 use crate::{AlignedBuf, Caw, DevError, FenceKey, Fenced, FencingKind, Presence, Result};
 
 impl State {
-    pub(super) fn execute(&mut self, seq: u64, node: usize, epoch: u64, req: &Req) -> Result<Reply> {
+    pub(super) fn execute_as(
+        &mut self,
+        seq: u64,
+        node: usize,
+        epoch: u64,
+        issued: Instant,
+        req: &Req,
+    ) -> Result<Reply> {
+        // A compare-and-write is told of once it has matched.
+        if matches!(req, Req::Write { .. } | Req::Discard { .. }) && !self.refused(node, epoch) {
+            self.witness(node, issued, req, true);
+        }
+        self.execute(seq, node, epoch, issued, req)
+    }
+
+    fn execute(&mut self, seq: u64, node: usize, epoch: u64, issued: Instant, req: &Req) -> Result<Reply> {
         let raw = self.nodes[node].raw;
         let writes = req.changes_medium() || matches!(req, Req::Flush { .. });
         if writes && self.refused(node, epoch) {
@@ -74,6 +90,7 @@ impl State {
                 self.medium.read(*offset, &mut found);
                 let matches = found == *expect && !self.chance(rates.caw_miscompare);
                 if matches {
+                    self.witness(node, issued, req, true);
                     self.medium.write(seq, *offset, new, raw);
                 }
                 match (unknown, matches) {

@@ -10,6 +10,7 @@
 //! apart. Run it on a current-thread runtime with `start_paused`.
 
 mod accident;
+mod audit;
 mod execute;
 mod fault;
 mod medium;
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::time::Duration;
 
+pub use audit::{Audit, Change};
 pub use fault::{FaultRates, WriteFault};
 pub use medium::SimImage;
 pub use node::SimNode;
@@ -53,6 +55,9 @@ pub struct SimConfig {
     /// How late a write may arrive that was in flight when its node was cut off or hung (or, without process locks,
     /// crashed). Zero: no such delay.
     pub late_write_delay: Duration,
+    /// An operation that a hung node's initiator has kept for longer fails instead of being sent when the node wakes up. Zero: it is
+    /// sent however late, and only fencing can stop it.
+    pub queue_limit: Duration,
     /// The two parts of a multi-sector write take effect at different moments: readers can see half of it.
     pub split_writes: bool,
     pub rates: FaultRates,
@@ -70,6 +75,7 @@ impl SimConfig {
             fencing: FencingKind::ProcessLock,
             cut_timeout: Duration::from_secs(2),
             late_write_delay: Duration::ZERO,
+            queue_limit: Duration::ZERO,
             split_writes: false,
             rates: FaultRates::default(),
         }
@@ -197,6 +203,21 @@ impl SimDisk {
     /// The device does nothing for `time`: all that is in flight or issued meanwhile is late.
     pub fn stall(&self, time: Duration) {
         self.state.lock().stall(time);
+    }
+
+    /// From here on operations take this long.
+    pub fn set_latency(&self, latency_us: RangeInclusive<u64>) {
+        self.state.lock().cfg.latency_us = latency_us;
+    }
+
+    /// Who watches over the changes of all nodes.
+    pub fn set_audit(&self, audit: Arc<dyn Audit>) {
+        self.state.lock().audit = Some(audit);
+    }
+
+    /// The first rule that was broken, as the audit says.
+    pub fn violation(&self) -> Option<String> {
+        self.state.lock().violation.clone()
     }
 
     /// How many sectors a power loss now could change.

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::request::{Reply, Req};
-use super::state::Step;
+use super::state::{Step, clock};
 use super::{NodeMode, OpKind, SimDisk};
 use crate::{
     AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, Geometry, IoClass, Presence, Result, range,
@@ -110,7 +111,11 @@ impl SimNode {
     }
 
     async fn run(&self, req: Req) -> Result<Reply> {
-        let epoch = self.disk.state.lock().nodes[self.id].epoch;
+        let (epoch, limit) = {
+            let state = self.disk.state.lock();
+            (state.nodes[self.id].epoch, state.cfg.queue_limit)
+        };
+        let issued = clock().unwrap_or_else(Instant::now);
         let mut req = Some(req);
         let mut ticket: Option<Ticket<'_>> = None;
         loop {
@@ -120,10 +125,14 @@ impl SimNode {
                 let mut state = self.disk.state.lock();
                 changed.as_mut().enable();
                 let hung = state.nodes[self.id].mode == NodeMode::Hung && !state.nodes[self.id].raw;
+                let too_late = !limit.is_zero() && ticket.is_none() && !hung && issued.elapsed() > limit;
+                if too_late && let Some(req) = req.take() {
+                    return Err(req.unknown());
+                }
                 let seq = match (&ticket, hung) {
                     (Some(ticket), _) => Some(ticket.seq),
                     (None, true) => None,
-                    (None, false) => req.take().and_then(|req| state.submit(self.id, epoch, req)),
+                    (None, false) => req.take().and_then(|req| state.submit(self.id, epoch, issued, req)),
                 };
                 match seq {
                     Some(seq) => {

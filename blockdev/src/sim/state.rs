@@ -13,6 +13,7 @@ use rand::{RngExt, SeedableRng};
 use tokio::sync::Notify;
 use tokio::time::{Duration, Instant};
 
+use super::audit::{Audit, Change};
 use super::fault::Faults;
 use super::medium::{Medium, SimImage};
 use super::request::{Reply, Req};
@@ -27,6 +28,7 @@ pub(super) fn clock() -> Option<Instant> {
 pub(super) struct Op {
     pub(super) node: usize,
     pub(super) epoch: u64,
+    pub(super) issued: Instant,
     pub(super) req: Req,
     /// When it takes effect.
     pub(super) moment: Instant,
@@ -75,6 +77,8 @@ pub(super) struct State {
     next_seq: u64,
     pub(super) stalled_until: Option<Instant>,
     pub(super) started: Option<Instant>,
+    pub(super) audit: Option<Arc<dyn Audit>>,
+    pub(super) violation: Option<String>,
     trace: u64,
 }
 
@@ -91,6 +95,8 @@ impl State {
             next_seq: 1,
             stalled_until: None,
             started: None,
+            audit: None,
+            violation: None,
             trace: 0xcbf2_9ce4_8422_2325,
         }
     }
@@ -147,13 +153,39 @@ impl State {
         let started = *self.started.get_or_insert(op.moment);
         let extent = op.req.extent();
         let at = op.moment.saturating_duration_since(started).as_micros() as u64;
-        let result = self.execute(seq, op.node, op.epoch, &op.req);
+        let result = self.execute_as(seq, op.node, op.epoch, op.issued, &op.req);
         self.note([at, op.node as u64, extent.start, extent.end ^ u64::from(result.is_err()) << 63]);
         tracing::trace!(at, node = %self.nodes[op.node].name, op = op.req.name(), ?extent, ok = result.is_ok(), "sim");
         if !op.detached {
             op.result.get_or_insert(result);
             self.ops.insert(seq, op);
         }
+    }
+
+    /// Tells the audit of a change of this node's, before it takes effect.
+    pub(super) fn witness(&mut self, node: usize, issued: Instant, req: &Req, arrives: bool) {
+        let Some(audit) = self.audit.clone().filter(|_| !self.nodes[node].raw && self.violation.is_none()) else {
+            return;
+        };
+        let joined: Vec<u8>;
+        let (offset, new, compared): (u64, &[u8], bool) = match req {
+            Req::Write { offset, bufs, .. } => {
+                joined = bufs.iter().flat_map(|b| b.iter().copied()).collect();
+                (*offset, &joined, false)
+            }
+            Req::Caw { offset, new, .. } => (*offset, new, true),
+            Req::Discard { offset, .. } => (*offset, &[], false),
+            _ => return,
+        };
+        let change = Change { node: &self.nodes[node].name, issued, offset, compared, new };
+        let told = if arrives {
+            let mut old = vec![0; new.len()];
+            self.medium.read(offset, &mut old);
+            audit.arrives(&change, &old)
+        } else {
+            audit.submitted(&change)
+        };
+        self.violation = told.err();
     }
 
     pub(super) fn schedule(&mut self, op: Op) -> u64 {
@@ -165,7 +197,7 @@ impl State {
     }
 
     /// Takes an operation of a node that is not hung. `None`: the node has crashed.
-    pub(super) fn submit(&mut self, node: usize, epoch: u64, mut req: Req) -> Option<u64> {
+    pub(super) fn submit(&mut self, node: usize, epoch: u64, issued: Instant, mut req: Req) -> Option<u64> {
         self.advance();
         let now = clock().unwrap_or_else(Instant::now);
         let mode = self.nodes[node].mode;
@@ -176,6 +208,7 @@ impl State {
             let unfinished = |op: &Op| op.req.changes_medium() && (op.result.is_none() || op.done_at > now);
             exempt.extend(self.ops.iter().filter(|(_, op)| unfinished(op)).map(|(seq, _)| *seq));
         }
+        self.witness(node, issued, &req, false);
         let n = &mut self.nodes[node];
         let mut crash_now = false;
         if let Some(kind) = req.kind() {
@@ -188,14 +221,23 @@ impl State {
             }
         }
         let seq = if n.raw {
-            let seq = self.schedule(Op { node, epoch, req, moment: now, done_at: now, result: None, detached: false });
+            let seq = self.schedule(Op {
+                node,
+                epoch,
+                issued,
+                req,
+                moment: now,
+                done_at: now,
+                result: None,
+                detached: false,
+            });
             self.queue.remove(&(now, seq));
             self.apply(seq);
             seq
         } else if mode == NodeMode::Cut {
             let result = Some(Err(req.unknown()));
             let done_at = now + self.cfg.cut_timeout;
-            let seq = self.schedule(Op { node, epoch, req, moment: now, done_at, result, detached: false });
+            let seq = self.schedule(Op { node, epoch, issued, req, moment: now, done_at, result, detached: false });
             self.queue.remove(&(now, seq));
             seq
         } else {
@@ -203,10 +245,10 @@ impl State {
             let latency = self.rng.random_range(self.cfg.latency_us.clone());
             let done_at = start + Duration::from_micros(latency);
             if self.cfg.split_writes {
-                self.split(node, epoch, &mut req, start, latency);
+                self.split(node, epoch, issued, &mut req, start, latency);
             }
             let moment = start + Duration::from_micros(self.rng.random_range(0..=latency));
-            self.schedule(Op { node, epoch, req, moment, done_at, result: None, detached: false })
+            self.schedule(Op { node, epoch, issued, req, moment, done_at, result: None, detached: false })
         };
         if crash_now {
             self.crash(node);
@@ -216,7 +258,7 @@ impl State {
     }
 
     /// Lets the tail of a write of several sectors take effect at a moment of its own.
-    fn split(&mut self, node: usize, epoch: u64, req: &mut Req, start: Instant, latency: u64) {
+    fn split(&mut self, node: usize, epoch: u64, issued: Instant, req: &mut Req, start: Instant, latency: u64) {
         let Req::Write { offset, bufs, fua } = req else { return };
         let mut bytes = Vec::new();
         bufs.iter().for_each(|b| bytes.extend_from_slice(b));
@@ -233,7 +275,7 @@ impl State {
         };
         *bufs = vec![Arc::new(AlignedBuf::copy_of(&bytes[..cut]))];
         let moment = start + Duration::from_micros(self.rng.random_range(0..=latency));
-        self.schedule(Op { node, epoch, req: tail, moment, done_at: moment, result: None, detached: true });
+        self.schedule(Op { node, epoch, issued, req: tail, moment, done_at: moment, result: None, detached: true });
     }
 
     pub(super) fn step(&mut self, seq: u64) -> Step {

@@ -64,7 +64,7 @@ async fn storm(seed: u64, rates: FaultRates, net: NetRates, rounds: usize) {
 async fn storm_with_lossy_hints() {
     for seed in 1..=6 {
         let delay = (Duration::from_micros(100), Duration::from_millis(30));
-        storm(seed, FaultRates::default(), NetRates { loss: 0.3, duplicate: 0.2, delay }, 60).await;
+        storm(seed, FaultRates::default(), NetRates { loss: 0.3, duplicate: 0.2, delay, forged: 0.2 }, 60).await;
     }
 }
 

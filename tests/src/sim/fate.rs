@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::client::{Client, DIR, WHO};
 use super::mail::{Mail, Mailer};
-use super::world::{Outcome, Stop, World};
+use super::world::{Host, Outcome, Stop, World};
 
 /// Runs a whole seed.
 pub async fn live(world: Arc<World>) -> Result<(), String> {
@@ -108,11 +108,18 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
                 world.accident();
                 tokio::time::sleep(Duration::from_secs(2)).await;
             }
-            64..70 if live.len() > 1 && world.setup.fencing == FencingKind::Reservations => {
+            64..70 if live.len() > 1 && world.setup.losses => {
                 let wakes = Duration::from_millis(rng.random_range(0..25_000));
                 let dies = Duration::from_millis(rng.random_range(0..5_000));
                 world.lose(&live[rng.random_range(0..live.len())], rng.random_bool(0.5), wakes, dies);
             }
+            70..73 if !live.is_empty() => {
+                let host = &live[rng.random_range(0..live.len())];
+                hiccup(world, rng, host).await
+            }
+            73..76 => slow(world, rng).await,
+            76..79 if world.setup.clock_jumps => world.jump_clock(rng),
+            79..83 if world.setup.net_faults => world.upset_network(rng),
             52..60 if live.len() > 1 => {
                 let host = live[rng.random_range(0..live.len())].clone();
                 match world.leave(&host).await {
@@ -130,6 +137,32 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
         }
     }
     Ok(())
+}
+
+/// A node hangs for less than its lease: it must get over it, and so must everybody else.
+async fn hiccup(world: &Arc<World>, rng: &mut StdRng, host: &Host) {
+    let time = Duration::from_millis(rng.random_range(100..3000));
+    world.note(format_args!("{} hangs for {} ms", host.name(), time.as_millis()));
+    world.accident();
+    host.dev.hang(true);
+    tokio::time::sleep(time).await;
+    host.dev.hang(false);
+    world.accident();
+}
+
+/// The device answers, but takes its time: less than would end a lease.
+async fn slow(world: &Arc<World>, rng: &mut StdRng) {
+    let most = rng.random_range(50_000..400_000);
+    world.note(format_args!("the device takes up to {} ms", most / 1000));
+    world.disk.set_latency(1000..=most);
+    for _ in 0..rng.random_range(1..4) {
+        world.slow_for(Duration::from_secs(1));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let usual = world.setup.latency_us;
+    world.disk.set_latency(usual.0..=usual.1);
+    // What had to wait for hundreds of slow commands.
+    world.accident();
 }
 
 /// All nodes die at once, with or without the device's cache.
@@ -152,6 +185,7 @@ async fn blackout(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
 }
 
 async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mail: Arc<Mail>) -> Outcome<()> {
+    world.calm_network();
     while world.lost() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -19,6 +19,7 @@ mod setup;
 pub mod soak;
 mod trace;
 mod tree;
+mod witness;
 mod world;
 
 use std::cell::RefCell;
@@ -129,9 +130,10 @@ pub fn run(seed: u64, verbose: bool) -> Result<Totals, Box<Failure>> {
         }),
         Err(e) => Err(format!("no runtime: {e}")),
     };
-    let done = match PANIC.take() {
-        Some(panic) => Err(panic),
-        None => done,
+    let done = match (PANIC.take(), world.disk.violation()) {
+        (Some(panic), _) => Err(panic),
+        (None, Some(broken)) => Err(broken),
+        (None, None) => done,
     };
     done.map_err(|what| {
         let tail = world.trace.tail();

@@ -6,11 +6,15 @@ use std::time::Duration;
 
 use blockdev::sim::{SimConfig, SimDisk, SimImage};
 use blockdev::{BlockDevice, FencingKind};
+use cluster::Timeouts;
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-const SIZE: u64 = 48 << 20;
+const SIZE: u64 = 64 << 20;
+/// Not the two minutes of a real initiator, or a run would be mostly waiting.
+const QUEUE: Duration = Duration::from_secs(5);
+/// Slots: no more than the hosts need, so that slots of the dead are adopted.
 const NODES: u16 = 4;
 
 #[derive(Clone, Debug)]
@@ -30,6 +34,12 @@ pub struct Setup {
     /// How late a write of a node that died or hangs may arrive, unless the node was fenced before.
     pub late_write_delay: Duration,
     pub latency_us: (u64, u64),
+    /// How long an initiator keeps what it cannot send.
+    pub queue: Duration,
+    /// Nodes hang or lose their path for longer than the lease.
+    pub losses: bool,
+    pub clock_jumps: bool,
+    pub net_faults: bool,
     pub journal_bytes: u64,
     pub cache_bytes: usize,
     pub dirty_bytes: usize,
@@ -42,21 +52,33 @@ pub struct Setup {
 impl Setup {
     pub fn new(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed ^ 0x5e70b);
-        let hosts = rng.random_range(2..=4);
+        let hosts = if rng.random_bool(0.15) { rng.random_range(5..=8) } else { rng.random_range(2..=4) };
         let pick = |rng: &mut StdRng, of: &[u64]| of[rng.random_range(0..of.len())];
+        let fencing = match rng.random_range(0..20) {
+            0..13 => FencingKind::ProcessLock,
+            13..17 => FencingKind::Reservations,
+            _ => FencingKind::None,
+        };
+        // Where nothing can fence, a node is waited out: nothing may arrive later than that.
+        let late = [0, 3, 20][rng.random_range(0..3)];
+        let late = if fencing == FencingKind::Reservations { late } else { late.min(4) };
         Self {
             seed,
             hosts,
-            clients: rng.random_range(1..=hosts),
-            mailers: rng.random_range(1..=hosts),
+            clients: rng.random_range(1..=hosts.min(4)),
+            mailers: rng.random_range(1..=hosts.min(4)),
             mailboxes: rng.random_range(1..=3),
             hints: rng.random_bool(0.7),
             loss: [0.0, 0.0, 0.2][rng.random_range(0..3)],
-            fencing: if rng.random_bool(0.8) { FencingKind::ProcessLock } else { FencingKind::Reservations },
+            fencing,
             write_cache: rng.random_bool(0.8),
             split_writes: rng.random_bool(0.3),
-            late_write_delay: Duration::from_secs([0, 3, 20][rng.random_range(0..3)]),
+            late_write_delay: Duration::from_secs(late),
             latency_us: [(100, 2500), (50, 400), (500, 15_000)][rng.random_range(0..3)],
+            queue: QUEUE,
+            losses: fencing != FencingKind::ProcessLock || rng.random_bool(0.2),
+            clock_jumps: rng.random_bool(0.3),
+            net_faults: rng.random_bool(0.3),
             journal_bytes: pick(&mut rng, &[1 << 20, 1 << 20, 4 << 20]),
             cache_bytes: pick(&mut rng, &[256 << 10, 16 << 20]) as usize,
             dirty_bytes: pick(&mut rng, &[64 << 10, 8 << 20]) as usize,
@@ -69,12 +91,25 @@ impl Setup {
     /// a silent node after its lease and two heartbeats (`cluster::Timeouts::dead_after`), plus what the recovery takes.
     /// Replay reads the blocks it changes one at a time.
     pub fn patience(&self) -> Duration {
-        let t = cluster::Timeouts::default();
+        let t = self.timeouts();
         let work = Duration::from_secs(3) + 200 * Duration::from_micros(self.latency_us.1);
         match self.fencing {
-            FencingKind::ProcessLock => work,
-            _ => t.dead_after() + 2 * t.heartbeat() + work,
+            FencingKind::ProcessLock if !self.losses => work,
+            FencingKind::Reservations => t.dead_after() + 2 * t.heartbeat() + work,
+            _ => t.dead_unfenced() + 2 * t.heartbeat() + work,
         }
+    }
+
+    pub fn timeouts(&self) -> Timeouts {
+        timeouts(self.queue)
+    }
+
+    fn nodes(&self) -> u16 {
+        NODES.max(self.hosts as u16)
+    }
+
+    pub fn layout(&self) -> cluster::Layout {
+        made(self.journal_bytes, self.nodes()).1
     }
 
     /// A device with an empty volume.
@@ -83,31 +118,44 @@ impl Setup {
         cfg.fencing = self.fencing;
         cfg.write_cache = self.write_cache;
         cfg.split_writes = self.split_writes;
+        if self.fencing != FencingKind::Reservations {
+            cfg.queue_limit = self.queue;
+        }
         cfg.late_write_delay = self.late_write_delay;
         cfg.latency_us = self.latency_us.0..=self.latency_us.1;
-        SimDisk::from_snapshot(cfg, &image(self.journal_bytes))
+        SimDisk::from_snapshot(cfg, &made(self.journal_bytes, self.nodes()).0)
     }
 }
 
-/// Volumes are made once per process; they do not depend on the seed.
-fn image(journal_bytes: u64) -> Arc<SimImage> {
-    static MADE: OnceLock<Mutex<BTreeMap<u64, Arc<SimImage>>>> = OnceLock::new();
-    let mut made = MADE.get_or_init(Default::default).lock();
-    made.entry(journal_bytes).or_insert_with(|| Arc::new(make(journal_bytes))).clone()
+fn timeouts(queue: Duration) -> Timeouts {
+    Timeouts { queue_ms: queue.as_millis() as u32, ..Timeouts::default() }
 }
 
-fn make(journal_bytes: u64) -> SimImage {
+type Made = (Arc<SimImage>, cluster::Layout);
+
+/// Volumes are made once per process; they do not depend on the seed.
+fn made(journal_bytes: u64, nodes: u16) -> Made {
+    static MADE: OnceLock<Mutex<BTreeMap<(u64, u16), Made>>> = OnceLock::new();
+    let mut made = MADE.get_or_init(Default::default).lock();
+    made.entry((journal_bytes, nodes)).or_insert_with(|| make(journal_bytes, nodes)).clone()
+}
+
+fn make(journal_bytes: u64, nodes: u16) -> Made {
     let disk = SimDisk::new(SimConfig::new(SIZE, 7));
     let raw: Arc<dyn BlockDevice> = disk.open_raw();
-    let opts =
-        mkfs::FormatOptions { nodes: Some(NODES), journal_size: Some(journal_bytes), ..mkfs::FormatOptions::seeded(7) };
+    let opts = mkfs::FormatOptions {
+        nodes: Some(nodes),
+        journal_size: Some(journal_bytes),
+        timeouts: timeouts(QUEUE),
+        ..mkfs::FormatOptions::seeded(7)
+    };
     let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let made = std::thread::scope(|s| {
         // Not in the seed's own runtime, which may already run.
-        s.spawn(|| rt.map(|rt| rt.block_on(mkfs::format(&raw, &opts, &mut |_| {})).map(|_| ()))).join()
+        s.spawn(|| rt.map(|rt| rt.block_on(mkfs::format(&raw, &opts, &mut |_| {})))).join()
     });
     match made {
-        Ok(Ok(Ok(()))) => disk.snapshot(),
+        Ok(Ok(Ok(made))) => (Arc::new(disk.snapshot()), made.superblock.layout().cluster()),
         other => panic!("mkfs of the simulated device: {other:?}"),
     }
 }

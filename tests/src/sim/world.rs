@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use blockdev::FencingKind;
 use blockdev::sim::{NodeMode, SimDisk, SimNode};
@@ -18,6 +18,7 @@ use tokio::time::{Duration, Instant};
 use super::Totals;
 use super::setup::Setup;
 use super::trace::Trace;
+use super::witness::Witness;
 
 /// Why a client stops what it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,12 +112,16 @@ impl Drop for Seat {
     }
 }
 
-struct SimClock(Instant);
+/// A host's wall clock, which is set now and then. Nothing but time stamps may depend on it.
+struct SimClock {
+    started: Instant,
+    offset: Arc<AtomicI64>,
+}
 
 impl WallClock for SimClock {
     fn now(&self) -> Time {
-        let t = self.0.elapsed();
-        Time { secs: 1_000_000 + t.as_secs() as i64, nanos: t.subsec_nanos() }
+        let t = self.started.elapsed();
+        Time { secs: self.offset.load(Relaxed) + t.as_secs() as i64, nanos: t.subsec_nanos() }
     }
 }
 
@@ -136,6 +141,8 @@ pub struct World {
     pub over: AtomicBool,
     acks: AtomicU64,
     accidents: Mutex<VecDeque<Instant>>,
+    /// What the hosts' wall clocks showed when they mounted.
+    clocks: Vec<Arc<AtomicI64>>,
 }
 
 impl World {
@@ -145,8 +152,11 @@ impl World {
             net.set_rates(NetRates { loss: setup.loss, ..NetRates::default() });
             net
         });
+        let disk = setup.disk();
+        disk.set_audit(Arc::new(Witness::new(setup.layout(), setup.timeouts().lease())));
         Arc::new(Self {
-            disk: setup.disk(),
+            clocks: (0..setup.hosts).map(|_| Arc::new(AtomicI64::new(1_000_000))).collect(),
+            disk,
             net,
             trace: Trace::new(verbose),
             totals: Mutex::default(),
@@ -211,8 +221,50 @@ impl World {
         self.accidents.lock().push_back(Instant::now());
     }
 
+    /// Whatever waits may wait this much longer.
+    pub fn slow_for(&self, time: Duration) {
+        self.accidents.lock().push_back(Instant::now() + time);
+    }
+
+    pub fn jump_clock(&self, rng: &mut StdRng) {
+        let host = rng.random_range(0..self.clocks.len());
+        let to = rng.random_range(0..4_000_000_000);
+        self.note(format_args!("the clock of h{host} is set to {to}"));
+        self.clocks[host].store(to, Relaxed);
+    }
+
+    /// Hints are lost, late, doubled and forged from here on.
+    pub fn upset_network(&self, rng: &mut StdRng) {
+        let Some(net) = &self.net else { return };
+        let longest = Duration::from_millis([1, 100, 3000][rng.random_range(0..3)]);
+        let rates = NetRates {
+            loss: [0.0, 0.3, 1.0][rng.random_range(0..3)],
+            duplicate: [0.0, 0.5][rng.random_range(0..2)],
+            delay: (Duration::from_micros(100), longest),
+            forged: [0.0, 0.5][rng.random_range(0..2)],
+        };
+        self.note(format_args!("the network: {rates:?}"));
+        net.set_rates(rates);
+        for host in self.live() {
+            if let Some(port) = &host.port {
+                port.cut(rng.random_bool(0.3));
+            }
+        }
+    }
+
+    /// The network works again for all that live.
+    pub fn calm_network(&self) {
+        let Some(net) = &self.net else { return };
+        net.set_rates(NetRates { loss: self.setup.loss, ..NetRates::default() });
+        for host in self.live() {
+            if let Some(port) = &host.port {
+                port.cut(false);
+            }
+        }
+    }
+
     fn last_accident(&self) -> Option<Instant> {
-        self.accidents.lock().back().copied()
+        self.accidents.lock().iter().max().copied()
     }
 
     fn heartbeats_on_their_way(&self) -> bool {
@@ -237,7 +289,7 @@ impl World {
             Volume::mount(MountConfig {
                 device: dev.clone(),
                 net: port.clone().map(|p| p as Arc<dyn HintNet>),
-                clock: Arc::new(SimClock(Instant::now())),
+                clock: Arc::new(SimClock { started: Instant::now(), offset: self.clocks[index].clone() }),
                 kernel: Arc::new(NoKernelCache),
                 host_name: name.clone(),
                 seed: self.setup.seed.wrapping_mul(1000).wrapping_add(index as u64 * 100 + u64::from(life)),
