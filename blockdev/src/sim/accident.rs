@@ -139,7 +139,9 @@ impl State {
         let late = self.cfg.late_write_delay.as_micros() as u64;
         for seq in self.in_flight(|n| n == node) {
             let (Some(now), Some(op)) = (clock(), self.ops.get_mut(&seq)) else { continue };
+            // Of a detached one nobody could be kept waiting: it may be the tail of a write whose head is acknowledged.
             if late > 0
+                && !op.detached
                 && op.req.changes_medium()
                 && self.queue.contains(&(op.moment, seq))
                 && self.rng.random_bool(0.5)
