@@ -321,6 +321,12 @@ impl Node {
         self.shared.live().is_ok()
     }
 
+    /// The user of the locks failed and cannot bring what they cover to its place (I3): this node ends as one that lost its lease
+    /// does, and another replays its journal.
+    pub fn abandon(&self) {
+        self.shared.lapse("what its locks cover cannot be written");
+    }
+
     pub fn stats(&self) -> LockStats {
         self.shared.stats.snapshot()
     }

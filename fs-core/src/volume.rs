@@ -210,6 +210,7 @@ impl Volume {
     }
 
     pub(crate) fn fail(&self, why: FsError) {
+        let leaving = why.is_leaving();
         let mut failed = self.failed.lock();
         if failed.is_none() {
             *failed = Some(why);
@@ -220,6 +221,10 @@ impl Volume {
         }
         for g in self.groups.lock().values() {
             g.lost();
+        }
+        if !leaving {
+            // What it held would stay locked as long as its heart beats: the others must take over.
+            self.node.abandon();
         }
     }
 

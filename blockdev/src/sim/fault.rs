@@ -45,6 +45,11 @@ impl Faults {
         Self { rates, ..Self::default() }
     }
 
+    /// Whether commands may fail.
+    pub(super) fn active(&self) -> bool {
+        self.rates != FaultRates::default() || !self.bad_writes.is_empty() || !self.armed.is_empty()
+    }
+
     pub(super) fn add_bad_reads(&mut self, range: Range<u64>) {
         self.bad_reads.push(range);
     }

@@ -153,7 +153,12 @@ impl State {
         let started = *self.started.get_or_insert(op.moment);
         let extent = op.req.extent();
         let at = op.moment.saturating_duration_since(started).as_micros() as u64;
+        // Nobody would hear of the failure of a detached one, which may be half of an acknowledged write.
+        let faults = op.detached.then(|| std::mem::take(&mut self.faults));
         let result = self.execute_as(seq, op.node, op.epoch, op.issued, &op.req);
+        if let Some(faults) = faults {
+            self.faults = faults;
+        }
         self.note([at, op.node as u64, extent.start, extent.end ^ u64::from(result.is_err()) << 63]);
         tracing::trace!(at, node = %self.nodes[op.node].name, op = op.req.name(), ?extent, ok = result.is_ok(), "sim");
         if !op.detached {
@@ -244,7 +249,7 @@ impl State {
             let start = self.stalled_until.map_or(now, |t| t.max(now));
             let latency = self.rng.random_range(self.cfg.latency_us.clone());
             let done_at = start + Duration::from_micros(latency);
-            if self.cfg.split_writes {
+            if self.cfg.split_writes && !self.faults.active() {
                 self.split(node, epoch, issued, &mut req, start, latency);
             }
             let moment = start + Duration::from_micros(self.rng.random_range(0..=latency));

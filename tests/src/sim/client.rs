@@ -542,7 +542,7 @@ fn read<'a>(
             let xattr = match world.call(host, what, v.getxattr(ino, ATTRIBUTE)).await? {
                 Ok(v) => Some(Arc::new(v.value)),
                 Err(FsError::NoAttr) => None,
-                Err(e) => return Err(world.fail(format!("{} {what}: {e}", host.name()))),
+                Err(e) => return Err(world.unexpected(host, what, &e)),
             };
             return Ok(Seen::File { ino, contents, mode: attr.mode, links: attr.links, xattr });
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockdev::sim::OpKind;
+use blockdev::sim::{FaultRates, OpKind};
 use blockdev::{BlockDevice, FencingKind};
 use fs_core::ROOT_INO;
 use rand::rngs::StdRng;
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::client::{Client, DIR, WHO};
 use super::mail::{Mail, Mailer};
+use super::shared::{Racer, Shared};
 use super::world::{Host, Outcome, Stop, World};
 
 /// Runs a whole seed.
@@ -50,6 +51,7 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     let mut rng = StdRng::seed_from_u64(world.setup.seed ^ 0xfa7e);
     let Some(first) = world.start(0, None).await? else { return Err(Stop::Down) };
     let mail = Mail::make(world, &first, ROOT_INO).await?;
+    let shared = Shared::make(world, &first, ROOT_INO).await?;
     let mut roots = Vec::new();
     for c in 0..world.setup.clients {
         let name = format!("tree{c}");
@@ -67,6 +69,9 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     for i in 0..world.setup.mailers {
         mailers.spawn(Mailer::new(world.clone(), mail.clone(), i).live());
     }
+    for i in 0..world.setup.racers {
+        mailers.spawn(Racer::new(world.clone(), shared.clone(), i).live());
+    }
     accidents(world, &mut rng).await?;
     world.over.store(true, std::sync::atomic::Ordering::Relaxed);
     world.changed.notify_waiters();
@@ -75,7 +80,7 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
         all.push(client.map_err(|e| world.fail(format!("a client ended: {e}")))?);
     }
     while mailers.join_next().await.is_some() {}
-    end(world, &mut rng, all, mail).await
+    end(world, &mut rng, all, mail, shared).await
 }
 
 /// What happens while the clients work.
@@ -120,6 +125,7 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
             73..76 => slow(world, rng).await,
             76..79 if world.setup.clock_jumps => world.jump_clock(rng),
             79..83 if world.setup.net_faults => world.upset_network(rng),
+            83..88 if world.setup.errors => errors(world, rng).await,
             52..60 if live.len() > 1 => {
                 let host = live[rng.random_range(0..live.len())].clone();
                 match world.leave(&host).await {
@@ -165,6 +171,36 @@ async fn slow(world: &Arc<World>, rng: &mut StdRng) {
     world.accident();
 }
 
+/// Commands fail for a while. What fails at compare-and-writes alone everybody gets over (I9); of the rest a node may die, but it
+/// must say so and take nobody with it.
+async fn errors(world: &Arc<World>, rng: &mut StdRng) {
+    let time = Duration::from_millis(rng.random_range(50..1500));
+    let p = [0.01, 0.05, 0.3][rng.random_range(0..3)];
+    let mut rates = FaultRates::default();
+    match rng.random_range(0..6) {
+        0 => rates.read_error = p,
+        1 => rates.write_error = p,
+        2 => rates.write_unknown = p,
+        3 => rates.flush_error = p,
+        4 => (rates.caw_unknown, rates.caw_miscompare) = (p, p / 3.0),
+        _ => {
+            let at = rng.random_range(0..world.disk.geometry().size >> 16) << 16;
+            world.disk.fail_reads(at..at + (1 << 18));
+            world.disk.fail_writes(at..at + (1 << 17));
+        }
+    }
+    world.note(format_args!("for {} ms {rates:?}", time.as_millis()));
+    let harmless = rates.caw_unknown > 0.0;
+    world.errors(!harmless, true);
+    world.disk.set_rates(rates);
+    world.slow_for(time);
+    tokio::time::sleep(time).await;
+    world.disk.set_rates(FaultRates::default());
+    world.disk.heal();
+    world.errors(!harmless, false);
+    world.accident();
+}
+
 /// All nodes die at once, with or without the device's cache.
 async fn blackout(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
     world.disk.crash_all();
@@ -184,7 +220,13 @@ async fn blackout(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
     Ok(())
 }
 
-async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mail: Arc<Mail>) -> Outcome<()> {
+async fn end(
+    world: &Arc<World>,
+    rng: &mut StdRng,
+    mut clients: Vec<Client>,
+    mail: Arc<Mail>,
+    shared: Arc<Shared>,
+) -> Outcome<()> {
     world.calm_network();
     while world.lost() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -213,6 +255,7 @@ async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mai
         client.look(&host).await?;
     }
     mail.look(world, &host).await?;
+    shared.check(world, &host).await?;
     // What the dead left to be freed has been freed, or waits in the volume.
     world.leave(&host).await?;
     fsck(world, "at the end").await

@@ -134,7 +134,7 @@ impl Mail {
                         return Err(world.fail(format!("{} {what}: {name} is not whole: {sizes}", host.name())));
                     }
                     Err(fs_core::FsError::Stale) => {}
-                    Err(e) => return Err(world.fail(format!("{} {what}: {name}: {e}", host.name()))),
+                    Err(e) => return Err(world.unexpected(host, &format!("{what}: {name}"), &e)),
                 }
             }
         }

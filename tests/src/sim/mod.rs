@@ -10,12 +10,13 @@
 //! - the check of fsck finds nothing, neither with the journals of the dead unreplayed nor at the end.
 //!
 //! [`world`] has the hosts and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
-//! [`mail`] mailboxes that all nodes share, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores.
+//! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores.
 
 mod client;
 mod fate;
 mod mail;
 mod setup;
+mod shared;
 pub mod soak;
 mod trace;
 mod tree;

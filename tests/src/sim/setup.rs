@@ -26,6 +26,10 @@ pub struct Setup {
     pub clients: usize,
     pub mailers: usize,
     pub mailboxes: usize,
+    /// Clients that race for a lock and append to one log.
+    pub racers: usize,
+    /// The device fails commands for a time.
+    pub errors: bool,
     pub hints: bool,
     pub loss: f64,
     pub fencing: FencingKind,
@@ -78,6 +82,8 @@ impl Setup {
             queue: QUEUE,
             losses: fencing != FencingKind::ProcessLock || rng.random_bool(0.2),
             clock_jumps: rng.random_bool(0.3),
+            errors: rng.random_bool(0.25),
+            racers: if rng.random_bool(0.5) { rng.random_range(1..=hosts.min(4)) } else { 0 },
             net_faults: rng.random_bool(0.3),
             journal_bytes: pick(&mut rng, &[1 << 20, 1 << 20, 4 << 20]),
             cache_bytes: pick(&mut rng, &[256 << 10, 16 << 20]) as usize,
@@ -94,9 +100,10 @@ impl Setup {
         let t = self.timeouts();
         let work = Duration::from_secs(3) + 200 * Duration::from_micros(self.latency_us.1);
         match self.fencing {
-            FencingKind::ProcessLock if !self.losses => work,
-            FencingKind::Reservations => t.dead_after() + 2 * t.heartbeat() + work,
-            _ => t.dead_unfenced() + 2 * t.heartbeat() + work,
+            FencingKind::ProcessLock if !self.losses && !self.errors => work,
+            // A late heartbeat of the dead looks like life.
+            FencingKind::Reservations => t.dead_after() + 2 * t.heartbeat() + self.late_write_delay + work,
+            _ => t.dead_unfenced() + 2 * t.heartbeat() + self.late_write_delay + work,
         }
     }
 

@@ -44,6 +44,8 @@ pub struct Host {
     /// Hung or cut off for too long: given up by everybody, though it may wake up yet.
     lost: AtomicBool,
     given_up: Notify,
+    /// Commands of this node failed: from then on it may fail, once.
+    faulty: AtomicBool,
     /// About to unmount: clients go elsewhere.
     pub retiring: AtomicBool,
     /// Clients that work here.
@@ -141,6 +143,9 @@ pub struct World {
     pub over: AtomicBool,
     acks: AtomicU64,
     accidents: Mutex<VecDeque<Instant>>,
+    /// The device fails commands, and how often it began to.
+    failing: AtomicBool,
+    failures: AtomicU64,
     /// What the hosts' wall clocks showed when they mounted.
     clocks: Vec<Arc<AtomicI64>>,
 }
@@ -168,6 +173,8 @@ impl World {
             over: AtomicBool::new(false),
             acks: AtomicU64::new(0),
             accidents: Mutex::default(),
+            failing: AtomicBool::new(false),
+            failures: AtomicU64::new(0),
             setup,
         })
     }
@@ -224,6 +231,29 @@ impl World {
     /// Whatever waits may wait this much longer.
     pub fn slow_for(&self, time: Duration) {
         self.accidents.lock().push_back(Instant::now() + time);
+    }
+
+    /// Commands begin or cease to fail.
+    pub fn errors(&self, matter: bool, begin: bool) {
+        if !matter {
+            return;
+        }
+        self.failing.store(begin, Relaxed);
+        if begin {
+            self.failures.fetch_add(1, Relaxed);
+            self.live().iter().for_each(|h| h.faulty.store(true, Relaxed));
+        }
+    }
+
+    /// Whether an error of a host comes from commands that failed. The host is of no more use, and is killed.
+    pub fn excused(&self, host: &Host, what: &str, e: &FsError) -> bool {
+        let fitting = matches!(e, FsError::Device(_) | FsError::Journal(_) | FsError::Cluster(_));
+        let excused = fitting && host.faulty.load(Relaxed);
+        if excused {
+            self.note(format_args!("{} {what}: {e}", host.name()));
+            host.dev.crash();
+        }
+        excused
     }
 
     pub fn jump_clock(&self, rng: &mut StdRng) {
@@ -305,6 +335,7 @@ impl World {
         // A mount may have to wait for the death of the node whose slot it takes, and then, as every operation may, for
         // those that hold what it reads.
         let patience = 2 * self.setup.patience();
+        let failures = self.failures.load(Relaxed);
         let mounted = loop {
             match self.bounded(dev.crashed(), &format!("{name} mount"), patience, mounting()).await {
                 Err(Stop::Down) => {
@@ -321,6 +352,14 @@ impl World {
                 r => break r?,
             }
         };
+        if let Err(e) = &mounted
+            && (self.failing.load(Relaxed) || self.failures.load(Relaxed) != failures)
+        {
+            self.note(format_args!("{name} cannot mount: {e}"));
+            dev.crash();
+            self.died(port.as_deref());
+            return Ok(None);
+        }
         let volume = mounted.map_err(|e| self.fail(format!("{name} cannot mount: {e}")))?;
         self.totals.lock().mounts += 1;
         self.note(format_args!("{name} is {}", volume.node()));
@@ -332,6 +371,7 @@ impl World {
             port,
             lost: AtomicBool::new(false),
             given_up: Notify::new(),
+            faulty: AtomicBool::new(self.failing.load(Relaxed)),
             retiring: AtomicBool::new(false),
             users: AtomicUsize::new(0),
             promise: Mutex::new(Promise { durable: 0, synced: 0, found: 0, lost: Ack::MAX }),
@@ -404,6 +444,9 @@ impl World {
         self.note(format_args!("{} unmounts", host.name()));
         let left = self.call(host, "unmount", host.volume.unmount()).await?;
         if let Err(e) = left {
+            if self.excused(host, "unmount", &e) {
+                return Err(Stop::Down);
+            }
             return Err(self.fail(format!("{} cannot unmount: {e}", host.name())));
         }
         host.synced(latest);
@@ -475,8 +518,7 @@ impl World {
 
     /// An operation that must succeed.
     pub async fn done<T>(&self, host: &Host, what: &str, op: impl Future<Output = fs_core::Result<T>>) -> Outcome<T> {
-        let result = self.call(host, what, op).await?;
-        result.map_err(|e| self.fail(format!("{} {what}: {e}", host.name())))
+        self.call(host, what, op).await?.map_err(|e| self.unexpected(host, what, &e))
     }
 
     /// An operation that may be refused, with an errno that the caller expects or not.
@@ -490,8 +532,16 @@ impl World {
             Ok(v) => Ok(Ok(v)),
             Err(e) => match errno(&e) {
                 Some(errno) => Ok(Err(errno)),
-                None => Err(self.fail(format!("{} {what}: {e}", host.name()))),
+                None => Err(self.unexpected(host, what, &e)),
             },
+        }
+    }
+
+    /// An error that only a failing device explains.
+    pub fn unexpected(&self, host: &Host, what: &str, e: &FsError) -> Stop {
+        match self.excused(host, what, e) {
+            true => Stop::Down,
+            false => self.fail(format!("{} {what}: {e}", host.name())),
         }
     }
 }
