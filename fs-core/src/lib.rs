@@ -16,6 +16,7 @@ pub mod format;
 mod hold;
 mod ops;
 mod recovery;
+pub mod repair;
 mod revoke;
 mod space;
 mod store;

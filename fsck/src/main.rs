@@ -39,9 +39,9 @@ fn main() -> ExitCode {
         return exit::CANCELLED.into();
     };
     match &outcome {
-        Ok(report) => {
+        Ok(done) => {
             let mut out = std::io::stdout().lock();
-            if let Err(e) = fsck::print(&mut out, &args.device, &args, report).and_then(|()| out.flush()) {
+            if let Err(e) = fsck::print(&mut out, &args.device, &args, done).and_then(|()| out.flush()) {
                 eprintln!("fsck.clusterfs: cannot print: {e}");
                 return exit::OPERATIONAL.into();
             }

@@ -120,12 +120,39 @@ async fn fresh_mounted_used_and_damaged() {
     assert!(text.contains("node 0.1 on mail1 ended without unmounting"), "{text}");
     assert!(text.contains("1 unlinked files wait"), "{text}");
 
+    preen(&copy);
+    let (code, text) = fsck(&["-p"], &path);
+    assert_eq!(code, 8, "a mounted volume is left alone: {text}");
+
     v.unmount().await.unwrap();
     let (code, text) = fsck(&["-n", "-f"], &path);
     assert_eq!(code, 0, "{text}");
     assert!(text.contains("8 symbolic links, 8 others"), "{text}");
     assert!(text.contains(", 33 directories"), "{text}");
     damage(&path, dir.path());
+}
+
+/// A volume whose node died: -n changes nothing, -p recovers the node for good, a second -p has nothing to do.
+fn preen(path: &Path) {
+    let before = std::fs::read(path).unwrap();
+    fsck(&["-n"], path);
+    assert!(std::fs::read(path).unwrap() == before, "-n wrote something");
+    let (code, text) = fsck(&["-p"], path);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("repaired: journal of node 0.1: replayed"), "{text}");
+    let before = std::fs::read(path).unwrap();
+    let (code, text) = fsck(&["-a", "--json"], path);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("\"clean\":true") && text.contains("\"repairs\":[]"), "{text}");
+    assert!(!text.contains("ended without unmounting"), "{text}");
+    assert!(std::fs::read(path).unwrap() == before, "-p of a clean volume wrote something");
+    // Other damage is named and left.
+    let used = (0..before.len() / 4096).find(|b| before[b * 4096..][..5] == *b"CLFS\x01").unwrap();
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_at(&[0xff; 8], used as u64 * 4096 + 72).unwrap();
+    let (code, text) = fsck(&["-y"], path);
+    assert_eq!(code, 4, "{text}");
+    assert!(text.contains("cannot repair the errors above"), "{text}");
 }
 
 /// Bits flipped all over what is in use: never a crash, mostly named.

@@ -92,7 +92,9 @@ pub async fn check_with(
         Reader { dev: dev.clone(), volume: layout.volume, blocks: layout.blocks, replayed: Default::default() };
     let slots = members::slots(&reader, &sb, &mut report).await?;
 
-    if !journals::read(&mut reader, &layout, &slots, &mut report, tell).await {
+    report.dead = slots.dead.clone();
+    report.replayable = journals::read(&mut reader, &layout, &slots, &mut report, tell).await;
+    if !report.replayable {
         report.note("what that journal holds is not seen: other violations may come from that");
     }
     let mut space = Space::new(layout);

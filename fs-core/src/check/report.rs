@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use cluster::NodeId;
+
 /// Violations kept with their text; the rest is counted.
 pub const MAX_VIOLATIONS: usize = 1000;
 const MAX_NOTES: usize = 100;
@@ -29,6 +31,10 @@ pub struct Report {
     pub violation_count: u64,
     /// What is worth knowing and no violation.
     pub notes: Vec<String>,
+    /// Nodes that ended without unmounting and were not recovered.
+    pub dead: Vec<NodeId>,
+    /// Whether each of their journals can be replayed.
+    pub replayable: bool,
     pub label: String,
     pub files: u64,
     pub dirs: u64,
