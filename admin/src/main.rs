@@ -1,7 +1,9 @@
-//! clusterfs: what administrators ask of a volume. Reads the device only, mounted or not, and never writes to it.
+//! clusterfs: what administrators ask of a volume. `top` asks a mount; the others read the device only, mounted or not, and
+//! never write to it.
 
 mod info;
 mod status;
+mod top;
 mod volume;
 
 use std::path::PathBuf;
@@ -24,7 +26,7 @@ enum Command {
         /// Machine-readable output
         #[arg(long)]
         json: bool,
-        /// Block device or image file
+        /// Block device, image file or iscsi://[USER@]HOST[:PORT]/TARGET/LUN
         device: PathBuf,
     },
     /// Show the superblock and where everything lies on the device
@@ -33,9 +35,11 @@ enum Command {
         /// Machine-readable output
         #[arg(long)]
         json: bool,
-        /// Block device or image file
+        /// Block device, image file or iscsi://[USER@]HOST[:PORT]/TARGET/LUN
         device: PathBuf,
     },
+    /// Show what a mount is doing: busy directories, handovers, requests, device I/O
+    Top(top::Args),
 }
 
 type Error = Box<dyn std::error::Error>;
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
         match args.command {
             Command::Status { json, device } => status::run(&device, json).await,
             Command::Info { json, device } => info::run(&device, json).await,
+            Command::Top(args) => top::run(&args).map(|()| String::new()),
         }
     });
     match result {

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use blockdev::{BlockDevice, IoClass};
+use blockdev::{BlockDevice, IoClass, Registrations};
 use cluster::{LastEnd, LockBlock, LockId, SlotInfo, SlotState};
 use fs_core::format::layout::{BLOCK, VolumeLayout};
 use fs_core::format::superblock::VERSION;
@@ -25,6 +25,25 @@ struct Status {
     free_noted: u64,
     superblock_damaged: bool,
     slots: Vec<SlotStatus>,
+    /// Who may write to a device with persistent reservations; null: it has none.
+    registrations: Option<RegistrationStatus>,
+}
+
+#[derive(Serialize)]
+struct RegistrationStatus {
+    /// Type of the reservation in force.
+    reservation: Option<&'static str>,
+    nodes: Vec<RegisteredNode>,
+    /// Registrations of mkfs and fsck.
+    tools: usize,
+    /// Keys of other programs.
+    foreign: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct RegisteredNode {
+    slot: u16,
+    incarnation: u32,
 }
 
 #[derive(Serialize)]
@@ -62,6 +81,7 @@ pub async fn run(device: &Path, json: bool) -> Result<String, Error> {
         free_noted: free_noted(v.dev.as_ref(), &l).await? * BLOCK,
         superblock_damaged: v.source == Source::Copy,
         slots: slots.iter().map(slot_status).collect(),
+        registrations: v.dev.registrations().await?.map(registration_status),
     };
     if json {
         return Ok(serde_json::to_string_pretty(&status)? + "\n");
@@ -86,6 +106,18 @@ async fn free_noted(dev: &dyn BlockDevice, l: &VolumeLayout) -> Result<u64, Erro
         }
     }
     Ok(free)
+}
+
+fn registration_status(r: Registrations) -> RegistrationStatus {
+    let mut nodes: Vec<_> =
+        r.nodes.iter().map(|k| RegisteredNode { slot: k.slot, incarnation: k.incarnation }).collect();
+    nodes.sort_by_key(|n| (n.slot, n.incarnation));
+    RegistrationStatus {
+        reservation: r.reservation,
+        nodes,
+        tools: r.tools,
+        foreign: r.foreign.iter().map(|key| format!("{key:#x}")).collect(),
+    }
 }
 
 fn slot_status(info: &SlotInfo) -> SlotStatus {
@@ -168,6 +200,15 @@ fn text(status: &Status) -> Result<String, std::fmt::Error> {
         writeln!(s, "slot {slot}: {e}")?;
     }
     writeln!(s, "free slots: {free}")?;
+    if let Some(r) = &status.registrations {
+        writeln!(s, "reservation: {}", r.reservation.unwrap_or("none"))?;
+        let mut who: Vec<String> = r.nodes.iter().map(|n| format!("slot {} life {}", n.slot, n.incarnation)).collect();
+        if r.tools > 0 {
+            who.push(format!("{} of mkfs or fsck", r.tools));
+        }
+        who.extend(r.foreign.iter().map(|key| format!("{key} of another program")));
+        writeln!(s, "registered: {}", if who.is_empty() { "nobody".into() } else { who.join(", ") })?;
+    }
     Ok(s)
 }
 

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use blockdev::image::{ImageFile, OpenMode};
+use blockdev::iscsi::Settings;
+use blockdev::open::{User, is_iscsi};
 use blockdev::{BlockDevice, IoClass};
 use fs_core::format::layout::BLOCK;
 use fs_core::format::superblock::{Superblock, SuperblockError};
@@ -30,7 +31,7 @@ async fn superblock_at(dev: &dyn BlockDevice, block: u64) -> Result<Result<Super
 
 /// Opens a device read-only, with the sector size that its volume was made with.
 pub async fn open(path: &Path) -> Result<Volume, Error> {
-    let dev: Arc<dyn BlockDevice> = ImageFile::open(path, OpenMode::ReadOnly)?;
+    let dev = blockdev::open::open(path, User::Reader, None, &Settings::default()).await?;
     let first = superblock_at(dev.as_ref(), 0).await?;
     let (superblock, source) = match first {
         Ok(sb) => (sb, Source::First),
@@ -40,10 +41,10 @@ pub async fn open(path: &Path) -> Result<Volume, Error> {
             Err(_) => return Err(located(path, &e)),
         },
     };
-    let dev = if superblock.sector_size == dev.geometry().sector_size {
+    let dev = if superblock.sector_size == dev.geometry().sector_size || is_iscsi(path) {
         dev
     } else {
-        ImageFile::open_with_sector_size(path, OpenMode::ReadOnly, superblock.sector_size)?
+        blockdev::open::open(path, User::Reader, Some(superblock.sector_size), &Settings::default()).await?
     };
     if superblock.blocks > dev.geometry().size / BLOCK {
         let (has, wants) = (dev.geometry().size, superblock.blocks * BLOCK);

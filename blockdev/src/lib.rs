@@ -1,14 +1,17 @@
 //! The shared device that every node of a volume reads and writes.
 //!
-//! One trait, [`BlockDevice`], hides what is below: an image file ([`image`]) or the simulated device of the
-//! tests ([`sim`]). Offsets and lengths are in bytes and multiples of [`Geometry::sector_size`]. The trait promises
+//! One trait, [`BlockDevice`], hides what is below: an image file ([`image`]), a disk on an iSCSI target ([`iscsi`]) or the
+//! simulated device of the tests ([`sim`]); [`open`] opens what a user names. Offsets and lengths are in bytes and multiples of [`Geometry::sector_size`]. The trait promises
 //! only what a SCSI disk promises: a write is atomic per sector, unordered and volatile until [`BlockDevice::flush`]
 //! returns, and compare-and-write of one sector is atomic against other compare-and-writes (not against plain writes,
 //! hence I10). After [`DevError::Unknown`] the outcome must be read back before anything is decided (I9).
 
 mod buf;
 pub mod image;
+pub mod iscsi;
+pub mod open;
 mod range;
+mod scsi;
 pub mod sim;
 mod stats;
 
@@ -91,6 +94,18 @@ pub enum Fenced {
     MustWait,
 }
 
+/// Who may write to a device with reservations.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registrations {
+    pub nodes: Vec<FenceKey>,
+    /// Programs at work on the volume, or that died at it.
+    pub tools: usize,
+    /// Keys that are not of this filesystem.
+    pub foreign: Vec<u64>,
+    /// The type of the reservation in force.
+    pub reservation: Option<&'static str>,
+}
+
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum DevError {
     #[error("{op} of {len} bytes at offset {offset}: {source}")]
@@ -106,6 +121,12 @@ pub enum DevError {
 }
 
 pub type Result<T> = std::result::Result<T, DevError>;
+
+/// Whether this node may still write (I12). Asked again right before a write is submitted: a process that was stopped after
+/// it had decided to write must not submit when it wakes up.
+pub trait WritePermit: Send + Sync + 'static {
+    fn valid(&self) -> bool;
+}
 
 /// The shared device, as one node sees it.
 #[async_trait]
@@ -128,6 +149,10 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// [`presence`](Self::presence) of that slot is `Present` for the others, and the node can be fenced.
     async fn register(&self, key: FenceKey) -> Result<()>;
 
+    /// From here on writes are submitted while the permit is valid only, and are [`DevError::Fenced`] otherwise. Devices that
+    /// submit in the same instant that they are called need not ask.
+    fn set_permit(&self, _permit: Arc<dyn WritePermit>) {}
+
     /// Takes back [`register`](Self::register).
     async fn unregister(&self) -> Result<()>;
 
@@ -136,6 +161,16 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// Cuts the owner of `key` off from writing, in-flight writes included.
     async fn fence(&self, key: FenceKey) -> Result<Fenced>;
+
+    /// Cuts everybody else off from writing, whoever it is: for making a new volume. Needs a registration.
+    async fn evict_others(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Who is registered; `None`: the device has no registrations.
+    async fn registrations(&self) -> Result<Option<Registrations>> {
+        Ok(None)
+    }
 
     /// Tells the device that the range is unused (an image file punches a hole). May do nothing.
     async fn discard(&self, offset: u64, len: u64) -> Result<()>;

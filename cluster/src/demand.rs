@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::time::{Duration, Instant, sleep_until};
 
 use crate::node::Shared;
-use crate::transitions::{conflicts, in_the_way};
+use crate::transitions::{conflicts, keeps};
 use crate::{LockId, Mode, NodeId};
 
 /// A demand that brought no release is repeated when the lock is asked for again after this long.
@@ -40,13 +40,8 @@ impl Shared {
                 return Reaction::Settle;
             }
             // Two holders that both want more: who is ahead in the queue keeps what it holds.
-            let behind = l.waiting.is_some()
-                && l.block.as_ref().is_some_and(|b| {
-                    let mine = b.entry(me).filter(|e| e.wanted.is_some()).map(|e| e.ticket);
-                    let theirs = b.entry(from).filter(|e| e.wanted.is_some()).map(|e| e.ticket);
-                    mine.is_some_and(|mine| theirs.is_none_or(|theirs| theirs > mine)) && in_the_way(b, me).is_some()
-                });
-            if behind { Reaction::Nothing } else { Reaction::Demand }
+            let ahead = l.waiting.is_some() && l.block.as_ref().is_some_and(|b| keeps(b, me, from));
+            if ahead { Reaction::Nothing } else { Reaction::Demand }
         });
         match reaction {
             Reaction::Nothing => {}
@@ -64,6 +59,13 @@ impl Shared {
                     }
                 });
             }
+        }
+    }
+
+    /// Another node asks to look.
+    pub fn woken(&self, id: LockId) {
+        if let (Some(client), true) = (self.client.get(), self.live().is_ok()) {
+            client.woken(id);
         }
     }
 

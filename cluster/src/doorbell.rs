@@ -8,10 +8,14 @@ use std::sync::Arc;
 
 use blockdev::{AlignedBuf, BlockDevice, IoClass};
 use parking_lot::Mutex;
+use tokio::time::{Duration, Instant};
 
-use crate::format::{Doorbell, MAX_REQUESTS};
+use crate::format::{Asked, Doorbell, MAX_REQUESTS};
 use crate::node::{Shared, State, read_table};
 use crate::{Incarnation, LockId, Mode, NodeId, Slot};
+
+/// A request to look stays in the cell this long: the receiver polls its row much more often, and nobody takes it back.
+const LOOK_STAYS: Duration = Duration::from_secs(1);
 
 /// Our cell in one other node's row.
 pub(crate) struct Bell {
@@ -24,7 +28,7 @@ struct Requests {
     receiver: NodeId,
     counter: u64,
     /// Latest first; what does not fit is rung again by its waiter.
-    wanted: VecDeque<(LockId, Mode)>,
+    wanted: VecDeque<(LockId, Asked, Instant)>,
     /// Changes of `wanted`, and how many of them are on disk.
     asked: u64,
     written: u64,
@@ -32,6 +36,29 @@ struct Requests {
 
 impl Shared {
     pub fn ring(self: &Arc<Self>, node: NodeId, id: LockId, mode: Mode) {
+        self.ring_for(node, id, Asked::Want(mode));
+    }
+
+    /// Asks another node to look at what changed under a lock: by a hint where that works, by the doorbell if nothing came of
+    /// it within two polls.
+    pub fn wake(self: &Arc<Self>, node: NodeId, id: LockId) {
+        self.stats.wakes.one();
+        let hinted = self.hint_look(node, id);
+        let shared = self.clone();
+        self.spawn(async move {
+            if hinted {
+                tokio::time::sleep(2 * shared.timeouts.doorbell()).await;
+                let unheard = shared.with_local(id, |l| l.held.as_ref().is_some_and(|h| h.demanded.is_none()));
+                if !unheard {
+                    return;
+                }
+                shared.doubt_hints(node);
+            }
+            shared.ring_for(node, id, Asked::Look);
+        });
+    }
+
+    fn ring_for(self: &Arc<Self>, node: NodeId, id: LockId, what: Asked) {
         if node.slot >= self.layout.nodes {
             return;
         }
@@ -42,8 +69,9 @@ impl Shared {
                 r.receiver = node;
                 r.wanted.clear();
             }
-            r.wanted.retain(|(other, _)| *other != id);
-            r.wanted.push_front((id, mode));
+            let same = |a: Asked| (a == Asked::Look) == (what == Asked::Look);
+            r.wanted.retain(|(other, asked, _)| *other != id || !same(*asked));
+            r.wanted.push_front((id, what, Instant::now()));
             r.wanted.truncate(MAX_REQUESTS);
             r.asked += 1;
             r.asked
@@ -55,7 +83,7 @@ impl Shared {
     /// Nothing is waited for any more; the cell says so when it is next written.
     pub fn unring(&self, id: LockId) {
         for bell in self.bells.lock().values() {
-            bell.requests.lock().wanted.retain(|(other, _)| *other != id);
+            bell.requests.lock().wanted.retain(|(other, asked, _)| *other != id || *asked == Asked::Look);
         }
     }
 
@@ -67,12 +95,13 @@ impl Shared {
                 return;
             }
             r.counter += 1;
+            r.wanted.retain(|(_, asked, at)| *asked != Asked::Look || at.elapsed() < LOOK_STAYS);
             let cell = Doorbell {
                 volume: self.layout.volume,
                 sender: self.me,
                 receiver: r.receiver,
                 counter: r.counter,
-                requests: r.wanted.iter().copied().collect(),
+                requests: r.wanted.iter().map(|(id, asked, _)| (*id, *asked)).collect(),
             };
             (cell, r.asked)
         };
@@ -133,8 +162,11 @@ fn look(shared: &Arc<Shared>, row: &[AlignedBuf], seen: &mut BTreeMap<Slot, (Inc
         }
         seen.insert(slot, latest);
         shared.stats.doorbells_received.one();
-        for (id, mode) in cell.requests {
-            shared.asked_for(id, mode, cell.sender);
+        for (id, asked) in cell.requests {
+            match asked {
+                Asked::Want(mode) => shared.asked_for(id, mode, cell.sender),
+                Asked::Look => shared.woken(id),
+            }
         }
     }
 }

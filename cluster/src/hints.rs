@@ -16,7 +16,7 @@ const LEN: usize = BODY + 32;
 /// ```text
 ///   0  4  magic "CHNT"
 ///   4  1  version
-///   5  1  what: 0 granted, 1 wanted shared, 2 wanted exclusive
+///   5  1  what: 0 granted, 1 wanted shared, 2 wanted exclusive, 3 look at what changed
 ///   6  1  kind: 0 domain, 1 group
 ///   7  1  zero
 ///   8  8  volume
@@ -35,8 +35,16 @@ pub(crate) struct Hint {
     pub receiver: NodeId,
     pub counter: u64,
     pub id: LockId,
-    /// `None`: the receiver has been granted the lock.
-    pub wanted: Option<Mode>,
+    pub news: News,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// The receiver has been granted the lock.
+    Granted,
+    Wanted(Mode),
+    /// Something changed under the lock that the receiver waits for.
+    Look,
 }
 
 impl Hint {
@@ -45,10 +53,11 @@ impl Hint {
             LockId::Domain(d) => (0, d),
             LockId::Group(g) => (1, g),
         };
-        let what = match self.wanted {
-            None => 0,
-            Some(Mode::Shared) => 1,
-            Some(Mode::Exclusive) => 2,
+        let what = match self.news {
+            News::Granted => 0,
+            News::Wanted(Mode::Shared) => 1,
+            News::Wanted(Mode::Exclusive) => 2,
+            News::Look => 3,
         };
         let mut b = Vec::with_capacity(LEN);
         b.extend_from_slice(MAGIC);
@@ -76,10 +85,11 @@ impl Hint {
         let u16_at = |at: usize| u16::from_le_bytes([d[at], d[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes([d[at], d[at + 1], d[at + 2], d[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
-        let wanted = match d[5] {
-            0 => None,
-            1 => Some(Mode::Shared),
-            2 => Some(Mode::Exclusive),
+        let news = match d[5] {
+            0 => News::Granted,
+            1 => News::Wanted(Mode::Shared),
+            2 => News::Wanted(Mode::Exclusive),
+            3 => News::Look,
             _ => return None,
         };
         let id = match d[6] {
@@ -93,7 +103,7 @@ impl Hint {
             receiver: NodeId { slot: u16_at(18), incarnation: u32_at(28) },
             counter: u64_at(32),
             id,
-            wanted,
+            news,
         })
     }
 }
@@ -131,7 +141,7 @@ impl ReplayWindow {
 }
 
 impl Shared {
-    fn send_hint(&self, receiver: NodeId, id: LockId, wanted: Option<Mode>) -> bool {
+    fn send_hint(&self, receiver: NodeId, id: LockId, news: News) -> bool {
         let Some(net) = &self.net else { return false };
         let Some(address) = self.table.lock().address(receiver).map(<[u8]>::to_vec) else { return false };
         let counter = {
@@ -139,7 +149,7 @@ impl Shared {
             *counter += 1;
             *counter
         };
-        let hint = Hint { volume: self.layout.volume, sender: self.me, receiver, counter, id, wanted };
+        let hint = Hint { volume: self.layout.volume, sender: self.me, receiver, counter, id, news };
         net.send(&address, hint.encode(&self.hint_key));
         self.stats.hints_sent.one();
         true
@@ -147,8 +157,18 @@ impl Shared {
 
     /// False if the doorbell should be rung without waiting for the hint to be answered.
     pub fn hint_demand(&self, receiver: NodeId, id: LockId, wanted: Mode) -> bool {
-        let works = self.hints_work.lock().get(&receiver.slot).copied().unwrap_or(true);
-        self.send_hint(receiver, id, Some(wanted)) && works
+        let works = self.hints_seem_to_work(receiver);
+        self.send_hint(receiver, id, News::Wanted(wanted)) && works
+    }
+
+    /// As [`hint_demand`](Self::hint_demand).
+    pub fn hint_look(&self, receiver: NodeId, id: LockId) -> bool {
+        let works = self.hints_seem_to_work(receiver);
+        self.send_hint(receiver, id, News::Look) && works
+    }
+
+    fn hints_seem_to_work(&self, receiver: NodeId) -> bool {
+        self.hints_work.lock().get(&receiver.slot).copied().unwrap_or(true)
     }
 
     /// A hint to this node had no effect within a poll of the doorbell.
@@ -157,7 +177,7 @@ impl Shared {
     }
 
     pub fn hint_granted(&self, receiver: NodeId, id: LockId) {
-        self.send_hint(receiver, id, None);
+        self.send_hint(receiver, id, News::Granted);
     }
 
     fn receive_hint(self: &Arc<Self>, datagram: &[u8]) {
@@ -174,9 +194,10 @@ impl Shared {
         };
         self.stats.hints_received.one();
         self.hints_work.lock().insert(hint.sender.slot, true);
-        match hint.wanted {
-            Some(mode) => self.asked_for(hint.id, mode, hint.sender),
-            None => {
+        match hint.news {
+            News::Wanted(mode) => self.asked_for(hint.id, mode, hint.sender),
+            News::Look => self.woken(hint.id),
+            News::Granted => {
                 if let Some(l) = self.locks.lock().get(&hint.id).filter(|l| l.waiting.is_some()) {
                     l.wake.notify_one();
                 }
@@ -214,7 +235,7 @@ mod tests {
             receiver: NodeId { slot: 3, incarnation: 4 },
             counter: 5,
             id: LockId::Group(6),
-            wanted: Some(Mode::Exclusive),
+            news: News::Wanted(Mode::Exclusive),
         }
     }
 

@@ -18,10 +18,12 @@ use crate::format::{SlotBlock, SlotState};
 use crate::heartbeat::Pulse;
 use crate::lease::{Guarded, Lease};
 use crate::node::{Shared, State, change_slot};
+use crate::plain::PlainLocks;
 use crate::table::SlotTable;
+use crate::transitions::{self, next_life};
 use crate::watch::{Round, Verdict, Watches};
 use crate::watched::Watched;
-use crate::{ClusterError, Incarnation, JoinConfig, MAX_NODES, NodeId, Result};
+use crate::{ClusterError, JoinConfig, MAX_NODES, NodeId, Result};
 
 /// How an attempt at one slot ended.
 enum Attempt {
@@ -38,17 +40,24 @@ pub(crate) async fn join(cfg: JoinConfig) -> Result<Arc<Shared>> {
         let what = format!("layout ({} nodes, sectors of {} bytes)", layout.nodes, layout.stride);
         return Err(ClusterError::Damaged { what, offset: layout.slots });
     }
-    let mut joiner = Joiner { rng: StdRng::seed_from_u64(cfg.seed), cfg };
+    let mut rng = StdRng::seed_from_u64(cfg.seed);
+    let plain = layout.plain.map(|at| PlainLocks::new(cfg.device.clone(), layout, at, timeouts, rng.next_u64()));
+    let device = plain.clone().map_or_else(|| cfg.device.clone(), |p| Arc::new(p));
+    let mut joiner = Joiner { rng, cfg: JoinConfig { device, ..cfg }, plain };
     let mut watches = Watches::default();
     let end = Instant::now() + timeouts.dead_unfenced() + 2 * timeouts.dead_after();
     loop {
         // Read errors are the caller's to see: without the device there is nothing to join.
         let round = Round::read(&*joiner.cfg.device, &layout).await?;
+        if let Some(plain) = &joiner.plain {
+            plain.watch().await;
+        }
         if let Some(shared) = joiner.free_slot(&round).await? {
             return Ok(shared);
         }
         let accepted = watches.accept(&round, &timeouts);
         let mut undecided = !accepted;
+        let claimer = crate::claim::claimer(round.slots.iter().flatten());
         for block in round.slots.iter().flatten() {
             if !accepted || block.writer().is_none() {
                 undecided = true;
@@ -56,31 +65,34 @@ pub(crate) async fn join(cfg: JoinConfig) -> Result<Arc<Shared>> {
             }
             let key = NodeId { slot: block.slot, incarnation: next_life(block) }.fence_key();
             match watches.judge(&*joiner.cfg.device, &timeouts, block, &round, Some(key)).await {
+                Verdict::Alive if claimer == Some(block.slot) => {
+                    return Err(ClusterError::Claimed { slot: block.slot, host: block.host_name.clone() });
+                }
                 Verdict::Alive => {}
                 Verdict::Undecided => undecided = true,
-                Verdict::Dead => match joiner.adopt(block).await? {
-                    Attempt::Joined(won) => return joiner.finish(*won, &round).await,
-                    Attempt::Taken => undecided = true,
-                },
+                Verdict::Dead => {
+                    if let (Some(plain), Some(writer)) = (&joiner.plain, block.writer()) {
+                        plain.found_dead(writer);
+                    }
+                    match joiner.adopt(block).await? {
+                        Attempt::Joined(won) => return joiner.finish(*won, &round).await,
+                        Attempt::Taken => undecided = true,
+                    }
+                }
             }
         }
         if !undecided || Instant::now() >= end {
-            // A damaged slot block is no reason to say that all are in use, unless the others really are.
-            return Err(ClusterError::Full { nodes: layout.nodes });
+            // The slot behind a damaged block may be free: that is what is to be repaired.
+            let damaged = round.slots.into_iter().find_map(std::result::Result::err);
+            return Err(damaged.unwrap_or(ClusterError::Full { nodes: layout.nodes }));
         }
         tokio::time::sleep(timeouts.heartbeat()).await;
     }
 }
 
-fn next_life(block: &SlotBlock) -> Incarnation {
-    match block.state {
-        SlotState::Adopting { next } => next + 1,
-        _ => block.incarnation + 1,
-    }
-}
-
 struct Joiner {
     cfg: JoinConfig,
+    plain: Option<PlainLocks>,
     rng: StdRng,
 }
 
@@ -121,12 +133,13 @@ impl Joiner {
         };
         // The first lease counts from the first heartbeat that arrived.
         lease.renew(Instant::now() + self.cfg.timeouts.lease());
+        self.cfg.device.set_permit(lease.clone());
         pulse.beat().await?;
-        Ok(Some((Arc::new(Guarded { inner: self.cfg.device.clone(), lease }), pulse)))
+        Ok(Some((Arc::new(Guarded::new(self.cfg.device.clone(), lease)), pulse)))
     }
 
-    fn successor(&mut self, block: &SlotBlock) -> SlotBlock {
-        let mut new = block.successor(self.rng.next_u64());
+    /// Puts our name on a changed block.
+    fn signed(&self, mut new: SlotBlock) -> SlotBlock {
         new.host_name = clip(&self.cfg.host_name);
         new.address = self.cfg.net.as_ref().map(|net| net.address()).filter(|a| a.len() <= 64).unwrap_or_default();
         new
@@ -134,15 +147,29 @@ impl Joiner {
 
     async fn claim(&mut self, block: &SlotBlock) -> Result<Attempt> {
         let Some((dev, pulse)) = self.begin(block).await? else { return Ok(Attempt::Taken) };
-        let mut new = self.successor(block);
-        new.state = SlotState::Live;
-        new.incarnation = pulse.node.incarnation;
+        let new = transitions::claimed(block, self.rng.next_u64());
+        let new = self.signed(new);
         self.change(dev, pulse, block, new).await
     }
 
-    async fn change(&mut self, dev: Arc<Guarded>, pulse: Pulse, block: &SlotBlock, new: SlotBlock) -> Result<Attempt> {
+    async fn change(
+        &mut self,
+        dev: Arc<Guarded>,
+        mut pulse: Pulse,
+        block: &SlotBlock,
+        new: SlotBlock,
+    ) -> Result<Attempt> {
         let pause = self.cfg.timeouts.doorbell();
-        match change_slot(&*dev, &self.cfg.layout, block, &new, pause).await {
+        // A change may take longer than a lease where a dead node has to be waited out first.
+        let changed = tokio::select! {
+            biased;
+            changed = change_slot(&*dev, &self.cfg.layout, block, &new, pause) => changed,
+            why = pulse.run() => {
+                tracing::warn!(node = %pulse.node, "joining: {why}");
+                Err(ClusterError::Lapsed)
+            }
+        };
+        match changed {
             Ok(None) => Ok(Attempt::Joined(Box::new((dev, pulse, new)))),
             Ok(Some(_)) => {
                 self.cfg.device.unregister().await?;
@@ -160,8 +187,8 @@ impl Joiner {
     async fn adopt(&mut self, block: &SlotBlock) -> Result<Attempt> {
         let dead = NodeId { slot: block.slot, incarnation: block.incarnation };
         let Some((dev, pulse)) = self.begin(block).await? else { return Ok(Attempt::Taken) };
-        let mut adopting = self.successor(block);
-        adopting.state = SlotState::Adopting { next: pulse.node.incarnation };
+        let adopting = transitions::adopting(block, self.rng.next_u64());
+        let adopting = self.signed(adopting);
         let (dev, mut pulse, adopting) = match self.change(dev, pulse, block, adopting).await? {
             Attempt::Joined(won) => *won,
             Attempt::Taken => return Ok(Attempt::Taken),
@@ -178,10 +205,8 @@ impl Joiner {
             self.cfg.device.unregister().await?;
             return Err(ClusterError::Recovery { slot: dead.slot, reason });
         }
-        let mut live = self.successor(&adopting);
-        live.end(pulse.node.incarnation - 1, false);
-        live.state = SlotState::Live;
-        live.incarnation = pulse.node.incarnation;
+        let live = transitions::adopted(&adopting, pulse.node.incarnation, self.rng.next_u64());
+        let live = self.signed(live);
         match self.change(dev, pulse, &adopting, live).await? {
             Attempt::Joined(won) => Ok(Attempt::Joined(won)),
             // Somebody took us for dead while we replayed.
@@ -203,6 +228,7 @@ impl Joiner {
             me: pulse.node,
             lease: dev.lease.clone(),
             dev,
+            plain: self.plain.clone(),
             layout: self.cfg.layout,
             timeouts: self.cfg.timeouts,
             hint_key: self.cfg.hint_key,

@@ -1,5 +1,6 @@
 //! Where the cluster's sectors lie on the device; filled in from the superblock.
 
+use crate::plain::ROWS;
 use crate::{LockId, Slot};
 
 /// Byte offsets of the cluster areas. Every record is one logical sector; records are `stride` bytes apart.
@@ -20,6 +21,14 @@ pub struct Layout {
     pub locks: u64,
     pub groups: u32,
     pub domains: u32,
+    /// Volumes that are locked without compare-and-write: `nodes` bids, then [`ROWS`] rows of `nodes` cells (plain writes by
+    /// the slot's node, see [`crate::plain`]).
+    pub plain: Option<u64>,
+}
+
+/// Records that locking without compare-and-write takes.
+pub fn plain_records(nodes: u16) -> u64 {
+    u64::from(nodes) * (1 + ROWS)
 }
 
 impl Layout {

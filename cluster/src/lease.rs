@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use async_trait::async_trait;
 use blockdev::{
     AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, Geometry, IoClass, Presence, Result,
+    WritePermit,
 };
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -64,9 +65,20 @@ impl Lease {
         self.over.wait_for(|over| *over).await;
     }
 
+    /// Every write that this node waited for has ended.
+    pub fn idle(&self) -> bool {
+        self.in_flight.load(SeqCst) == 0
+    }
+
     /// No write of this node can arrive any more, as far as it can tell itself.
     pub fn quiet(&self) -> bool {
-        self.in_flight.load(SeqCst) == 0 && !self.stray.load(SeqCst)
+        self.idle() && !self.stray.load(SeqCst)
+    }
+}
+
+impl WritePermit for Lease {
+    fn valid(&self) -> bool {
+        self.valid()
     }
 }
 
@@ -74,6 +86,8 @@ impl Lease {
 pub(crate) struct Guarded {
     pub inner: Arc<dyn BlockDevice>,
     pub lease: Arc<Lease>,
+    /// When the latest read that succeeded began.
+    pub readable: Mutex<Instant>,
 }
 
 /// Counts one write in flight, also one whose future is dropped.
@@ -92,6 +106,10 @@ impl Drop for InFlight<'_> {
 }
 
 impl Guarded {
+    pub fn new(inner: Arc<dyn BlockDevice>, lease: Arc<Lease>) -> Self {
+        Self { inner, lease, readable: Mutex::new(Instant::now()) }
+    }
+
     async fn write_op<T>(&self, op: impl Future<Output = Result<T>>) -> Result<T> {
         if !self.lease.valid() {
             return Err(DevError::Fenced);
@@ -114,7 +132,10 @@ impl BlockDevice for Guarded {
     }
 
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {
-        self.inner.readv(class, offset, lens).await
+        let began = Instant::now();
+        let read = self.inner.readv(class, offset, lens).await?;
+        *self.readable.lock() = began;
+        Ok(read)
     }
 
     async fn writev(&self, class: IoClass, offset: u64, bufs: Vec<Arc<AlignedBuf>>, fua: bool) -> Result<()> {
@@ -131,6 +152,10 @@ impl BlockDevice for Guarded {
 
     async fn register(&self, key: FenceKey) -> Result<()> {
         self.inner.register(key).await
+    }
+
+    fn set_permit(&self, permit: Arc<dyn WritePermit>) {
+        self.inner.set_permit(permit);
     }
 
     async fn unregister(&self) -> Result<()> {

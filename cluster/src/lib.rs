@@ -4,6 +4,7 @@
 //! A volume joins with [`Node::join`], acquires locks with [`Node::acquire`], is told by its [`LockClient`] when another
 //! node wants one, and gives it up with [`Node::release`].
 
+mod claim;
 mod demand;
 mod doorbell;
 mod format;
@@ -13,8 +14,12 @@ mod join;
 mod layout;
 mod lease;
 mod locks;
+#[cfg(test)]
+mod model;
 mod monitor;
 mod node;
+mod plain;
+mod rebuild;
 mod recovery;
 pub mod simnet;
 mod stats;
@@ -36,13 +41,15 @@ use blockdev::{BlockDevice, DevError};
 pub use format::{
     Entry, FormatError, LastEnd, LockBlock, SlotBlock, SlotState, initial_lock_block, initial_slot_block,
 };
-pub use layout::Layout;
+pub use layout::{Layout, plain_records};
 pub use node::Node;
+pub use plain::damaged_cells;
+pub use rebuild::{rebuild_slot, traces};
 pub use stats::LockStats;
 pub use table::{Life, SlotTable};
 pub use timeouts::Timeouts;
 pub use types::*;
-pub use watch::{SlotInfo, read_slots};
+pub use watch::{SlotInfo, foreign_node, read_slots};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ClusterError {
@@ -54,9 +61,13 @@ pub enum ClusterError {
     Full { nodes: u16 },
     #[error("{what} at offset {offset} is damaged: run fsck.clusterfs")]
     Damaged { what: String, offset: u64 },
+    #[error("slot {slot} is in use by {}", if host.is_empty() { "a node without a host name" } else { host.as_str() })]
+    InUse { slot: Slot, host: String },
+    #[error("the volume is being repaired by {host} (slot {slot}): mount it when that is done")]
+    Claimed { slot: Slot, host: String },
     #[error("the volume has no {0}")]
     NoSuchLock(LockId),
-    #[error("this node lost its lease and may not use the volume until it has rejoined")]
+    #[error("this node lost its lease and is no longer a member of the volume")]
     Lapsed,
     #[error("this node is leaving the volume")]
     Leaving,
@@ -83,6 +94,10 @@ pub trait LockClient: Send + Sync + 'static {
     fn demand(&self, id: LockId, wanted: Mode);
     /// The incarnation ended after a crash: its journal is replayed and its locks are free. Called on the recoverer.
     fn recovered(&self, dead: NodeId);
+    /// Another node, that holds `id` or has held it, asks to look at what it changed there (see [`Node::wake`]).
+    fn woken(&self, _id: LockId) {}
+    /// Something became known of the slots: an incarnation may have ended.
+    fn slots_changed(&self) {}
     /// This node lapsed or was fenced: every lock is lost, nothing may be written any more (I12).
     fn lapsed(&self);
 }

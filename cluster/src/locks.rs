@@ -12,8 +12,8 @@ use tokio::sync::Notify;
 use tokio::time::{Duration, Instant, sleep};
 
 use crate::format::FormatError;
-use crate::node::Shared;
-use crate::transitions::{self, Event, Superseded, in_the_way, step, wanted_from};
+use crate::node::{Shared, decode_slot};
+use crate::transitions::{self, Event, Superseded, in_the_way, step, surplus, unasked, wanted_from};
 use crate::{ClusterError, Grant, LockBlock, LockId, LockValue, Mode, NodeId, Release, Result};
 
 /// Bounds of a single operation against a sector that keeps failing.
@@ -249,7 +249,7 @@ impl Shared {
             match self.ask(id, mode, &op, false).await? {
                 Asked::Granted(grant) => return Ok(grant),
                 Asked::Waits(now) => {
-                    self.can_end(&now)?;
+                    self.can_end(&now).await?;
                     if holders(&now) != holders(&block) {
                         rung = self.tell(id, &now, false);
                         interval = self.timeouts.doorbell();
@@ -269,9 +269,31 @@ impl Shared {
     }
 
     /// Waiting makes no sense while the lock is a node's that can neither give it up nor be recovered.
-    fn can_end(&self, block: &LockBlock) -> Result<()> {
-        let stuck = self.stuck.lock();
-        holders(block).iter().find_map(|n| stuck.get(&n.slot)).map_or(Ok(()), |e| Err(e.clone()))
+    async fn can_end(&self, block: &LockBlock) -> Result<()> {
+        let holders = holders(block);
+        for node in &holders {
+            if let Some(e) = self.stuck.lock().get(&node.slot) {
+                return Err(e.clone());
+            }
+            if self.table.lock().may_have_lived(*node) {
+                continue;
+            }
+            // A life that began after our last look, or one that never was: its slot block was written before this block.
+            let there = match node.slot < self.layout.nodes {
+                true => {
+                    let sector = self.read_sector(self.layout.slot_block(node.slot)).await?;
+                    let found = decode_slot(&self.layout, node.slot, &sector)?;
+                    self.learn(found);
+                    self.table.lock().may_have_lived(*node)
+                }
+                false => false,
+            };
+            if !there {
+                let what = format!("lock block of {} (held by {node}, a life that its slot has not had)", block.id);
+                return Err(ClusterError::Damaged { what, offset: self.offset(block.id)? });
+            }
+        }
+        Ok(())
     }
 
     /// Makes the request on disk, or looks what became of it.
@@ -293,13 +315,13 @@ impl Shared {
         };
         // An earlier wait was abandoned and served: held on disk but unknown here, it would stop those ahead of us.
         let known = self.with_local(id, |l| l.held.as_ref().map(|h| h.grant.mode));
-        let block = match block.held_by(self.me) {
-            Some(held) if held < mode && Some(held) > known => {
+        let open = self.with_local(id, |l| l.open);
+        let block = match unasked(&block, self.me, mode, known, open) {
+            Some(event) => {
                 self.stats.unwanted.one();
-                let open = self.with_local(id, |l| l.open);
-                self.apply(id, block, Event::Release { to: known, value: None, open, cleaned: 0 }).await?
+                self.apply(id, block, event).await?
             }
-            _ => block,
+            None => block,
         };
         match block.grant(self.me).filter(|g| g.mode >= mode) {
             Some(grant) => self.granted(id, block, grant).map(Asked::Granted),
@@ -442,19 +464,17 @@ impl Shared {
         let block = self.read_block(id).await?;
         let (held, waiting, open) =
             self.with_local(id, |l| (l.held.as_ref().map(|h| h.grant.mode), l.waiting.is_some(), l.open));
-        let entry = block.entry(self.me).copied();
         if waiting {
             return Ok(());
         }
-        if entry.is_none_or(|e| e.held <= held && e.wanted.is_none()) {
+        let Some(event) = surplus(&block, self.me, held, open) else {
             // Not remembered as absent: the request of an abandoned wait may still be on its way to the device, and only
             // another change of the block outruns it.
             return Ok(());
-        }
+        };
         tracing::debug!(node = %self.me, "{id}: giving up what nobody here wants any more");
         self.stats.unwanted.one();
-        // One event for both, as a want may turn into a grant at any moment.
-        let block = self.apply(id, block, Event::GiveBack { to: held, open }).await?;
+        let block = self.apply(id, block, event).await?;
         let wanted = wanted_from(&block, self.me, &self.table.lock());
         self.with_local(id, |l| {
             l.absent = held.is_none();

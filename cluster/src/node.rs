@@ -10,16 +10,17 @@ use rand::{Rng, RngExt};
 use tokio::task::JoinSet;
 use tokio::time::{Duration, Instant};
 
-use crate::format::{SlotBlock, SlotState};
+use crate::format::SlotBlock;
 use crate::hints::ReplayWindow;
 use crate::lease::{Guarded, Lease};
 use crate::locks::Local;
+use crate::plain::PlainLocks;
 use crate::stats::{Counters, LockStats};
-use crate::table::SlotTable;
+use crate::table::{Life, SlotTable};
 use crate::watched::Watched;
 use crate::{
     ClusterError, Grant, HintNet, JoinConfig, Layout, LockBlock, LockClient, LockId, LockValue, Mode, NodeId,
-    Recoverer, Release, Result, Slot, Timeouts, doorbell,
+    Recoverer, Release, Result, Slot, Timeouts, doorbell, transitions,
 };
 
 /// The life of a mount as it sees it itself. Moves only rightwards: `Live` to `Leaving` to `Left`, any to `Lapsed`.
@@ -37,6 +38,8 @@ pub(crate) enum State {
 pub(crate) struct Shared {
     pub me: NodeId,
     pub dev: Arc<Guarded>,
+    /// Where compare-and-write is our own.
+    pub plain: Option<PlainLocks>,
     pub lease: Arc<Lease>,
     pub layout: Layout,
     pub timeouts: Timeouts,
@@ -124,7 +127,7 @@ impl Shared {
         if !first {
             return;
         }
-        tracing::error!(node = %self.me, "lapsed: {why}; the volume may not be used until rejoined");
+        tracing::error!(node = %self.me, "lapsed: {why}");
         self.locks.lock().clear();
         if let Some(client) = self.client.get() {
             client.lapsed();
@@ -144,6 +147,9 @@ impl Shared {
     pub fn learn(&self, block: SlotBlock) {
         if self.table.lock().learn(block) {
             self.table_version.modify(|v| *v += 1);
+            if let Some(client) = self.client.get() {
+                client.slots_changed();
+            }
         }
     }
 
@@ -159,10 +165,14 @@ impl Shared {
     /// Gives up the device's registration once nothing of ours can arrive any more, so that others need not wait for
     /// our lease.
     pub async fn unregister_when_quiet(&self) {
+        self.unregister_when(Lease::quiet).await;
+    }
+
+    async fn unregister_when(&self, harmless: impl Fn(&Lease) -> bool) {
         // After this long nothing is gained by it: the others have waited out the lease.
         let end = Instant::now() + self.timeouts.dead_unfenced();
         while Instant::now() < end {
-            if self.lease.quiet() {
+            if harmless(&self.lease) {
                 if let Err(e) = self.dev.inner.unregister().await {
                     tracing::warn!(node = %self.me, "cannot take back the registration: {e}");
                 }
@@ -300,6 +310,27 @@ impl Node {
         self.shared.clear_open(id).await
     }
 
+    /// Asks another node to look at what this one changed under a lock (its client's [`LockClient::woken`]). It may come late,
+    /// twice, or not at all if that node cannot be reached.
+    pub fn wake(&self, node: NodeId, id: LockId) {
+        self.shared.wake(node, id);
+    }
+
+    /// Whether that incarnation is known to have ended.
+    pub fn has_ended(&self, node: NodeId) -> bool {
+        self.shared.table.lock().ended(node)
+    }
+
+    /// What became of an incarnation, as far as is known.
+    pub fn life(&self, node: NodeId) -> Life {
+        self.shared.table.lock().life(node)
+    }
+
+    /// Slots that were used and that nobody lives in now, as far as is known.
+    pub fn vacant_slots(&self) -> Vec<Slot> {
+        self.shared.table.lock().vacant()
+    }
+
     /// The lock block as it is on disk now.
     pub async fn read_lock(&self, id: LockId) -> Result<LockBlock> {
         self.shared.read_block(id).await
@@ -309,6 +340,14 @@ impl Node {
     pub fn held(&self, id: LockId) -> Option<Grant> {
         self.shared.live().ok()?;
         self.shared.locks.lock().get(&id)?.held.as_ref().map(|h| h.grant)
+    }
+
+    /// Ends this membership like a crash: nothing is written any more, the others recover the slot.
+    pub fn abandon(&self) {
+        self.shared.lapse("abandoned");
+        self.shared.tasks.lock().abort_all();
+        let shared = self.shared.clone();
+        tokio::spawn(async move { shared.unregister_when_quiet().await });
     }
 
     /// The device, refusing to write once this node lapsed or left (I12).
@@ -323,7 +362,7 @@ impl Node {
 
     /// The user of the locks failed and cannot bring what they cover to its place (I3): this node ends as one that lost its lease
     /// does, and another replays its journal.
-    pub fn abandon(&self) {
+    pub fn lapse(&self) {
         self.shared.lapse("what its locks cover cannot be written");
     }
 
@@ -354,7 +393,9 @@ impl Node {
         }
         shared.lease.end();
         shared.locks.lock().clear();
-        shared.unregister_when_quiet().await;
+        // Stray writes are no reason to wait: after a write to journal or home with unknown outcome nobody leaves cleanly, and
+        // compare-and-writes that arrive late change nothing (I9).
+        shared.unregister_when(Lease::idle).await;
         shared.tasks.lock().abort_all();
         result
     }
@@ -378,11 +419,7 @@ impl Shared {
         }
         let mut block = block.ok_or(ClusterError::Lapsed)?;
         loop {
-            if block.state != SlotState::Live || block.incarnation != self.me.incarnation {
-                return Err(ClusterError::Lapsed);
-            }
-            let mut new = block.successor(self.nonce());
-            new.end(self.me.incarnation, true);
+            let new = transitions::left(&block, self.me, self.nonce()).ok_or(ClusterError::Lapsed)?;
             match self.change_slot(&block, &new).await? {
                 None => return Ok(()),
                 Some(other) => block = other,

@@ -7,9 +7,9 @@
 
 use std::sync::Arc;
 
-use crate::format::{SlotBlock, SlotState};
+use crate::format::SlotBlock;
 use crate::node::{Shared, State};
-use crate::{ClusterError, NodeId, Result};
+use crate::{ClusterError, NodeId, Result, transitions};
 
 /// After so many failures those who wait for the dead node's locks get an error.
 const GIVE_UP_WAITING: u32 = 3;
@@ -34,13 +34,7 @@ pub(crate) fn start(shared: &Arc<Shared>, block: SlotBlock) {
 
 async fn recover(shared: &Arc<Shared>, block: SlotBlock) -> Result<()> {
     let dead = NodeId { slot: block.slot, incarnation: block.incarnation };
-    let last = match block.state {
-        // The adopter's incarnation never began, but its key was used: it ends too (I8).
-        SlotState::Adopting { next } => next,
-        _ => block.incarnation,
-    };
-    let mut claimed = block.successor(shared.nonce());
-    claimed.state = SlotState::Recovering { by: shared.me };
+    let claimed = transitions::recovering(&block, shared.me, shared.nonce());
     if let Some(other) = shared.change_slot(&block, &claimed).await? {
         shared.learn(other);
         return Ok(());
@@ -63,8 +57,7 @@ async fn recover(shared: &Arc<Shared>, block: SlotBlock) -> Result<()> {
         }
     }
     shared.stuck.lock().remove(&dead.slot);
-    let mut ended = claimed.successor(shared.nonce());
-    ended.end(last, false);
+    let ended = transitions::recovered(&block, &claimed, shared.nonce());
     if let Some(other) = shared.change_slot(&claimed, &ended).await? {
         shared.learn(other);
         shared.lapse("another node took over our recovery");

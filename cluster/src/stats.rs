@@ -55,6 +55,8 @@ counters! {
     hints_received,
     /// Datagrams dropped: not authentic, not for us, or seen before.
     hints_rejected,
+    /// Other nodes that were asked to look at a change.
+    wakes,
     doorbells_written,
     /// Cells with something new in our doorbell row.
     doorbells_received,

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use crate::format::{SlotBlock, SlotState};
+use crate::transitions::last_used;
 use crate::{Incarnation, NodeId, Slot};
 
 /// What became of one incarnation, as far as is known.
@@ -17,7 +18,7 @@ pub enum Life {
     EndedCrash,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SlotTable {
     slots: BTreeMap<Slot, SlotBlock>,
 }
@@ -55,6 +56,32 @@ impl SlotTable {
         (known && !block.address.is_empty()).then_some(&block.address)
     }
 
+    /// Slots that were used and are free.
+    pub fn vacant(&self) -> Vec<Slot> {
+        let free = |b: &&SlotBlock| b.state == SlotState::Free && b.incarnation > 0;
+        self.slots.values().filter(free).map(|b| b.slot).collect()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn each(&self, see: impl FnMut(&SlotBlock)) {
+        self.slots.values().for_each(see);
+    }
+
+    /// The same knowledge in other names.
+    #[cfg(test)]
+    pub(crate) fn map(&self, f: impl Fn(&SlotBlock) -> SlotBlock) -> Self {
+        Self { slots: self.slots.values().map(f).map(|b| (b.slot, b)).collect() }
+    }
+
+    /// Whether the slot has had this life, as far as is known.
+    pub(crate) fn may_have_lived(&self, node: NodeId) -> bool {
+        self.slots.get(&node.slot).is_some_and(|b| node.incarnation <= last_used(b))
+    }
+
+    pub(crate) fn seq(&self, slot: Slot) -> Option<u64> {
+        self.slots.get(&slot).map(|b| b.seq)
+    }
+
     pub fn incarnation(&self, slot: Slot) -> Option<Incarnation> {
         self.slots.get(&slot).map(|b| b.incarnation)
     }
@@ -74,6 +101,7 @@ mod tests {
             incarnation,
             last_ended,
             clean_ends,
+            adopter: 0,
             host_name: String::new(),
             address: vec![1],
         }

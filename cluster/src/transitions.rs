@@ -6,12 +6,12 @@
 //! once where nobody is in the way or ahead, and any waiter's step gets a queue going again whose head had died.
 //! `docs/LOCKS.md` has the state table.
 
-use crate::format::{Entry, LockBlock};
+use crate::format::{Entry, LockBlock, SlotBlock, SlotState};
 use crate::table::{Life, SlotTable};
-use crate::{LockValue, Mode, NodeId, Slot};
+use crate::{Incarnation, LockValue, Mode, NodeId, Slot};
 
 /// What a node wants to do to a lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// Hold it in this mode, or wait for it. Keeps an earlier ticket.
     Request(Mode),
@@ -208,4 +208,146 @@ pub fn wanted_from(b: &LockBlock, me: NodeId, table: &SlotTable) -> Option<Mode>
         .filter_map(|(_, e)| e.wanted)
         .filter(|wanted| conflicts(held, *wanted))
         .max()
+}
+
+/// What a node that waits for `mode` does about a grant that it does not know of and that is not enough: held on disk but
+/// not in memory (`known`), it would stop those ahead. `None`: nothing.
+pub(crate) fn unasked(b: &LockBlock, me: NodeId, mode: Mode, known: Option<Mode>, open: bool) -> Option<Event> {
+    let held = b.held_by(me)?;
+    (held < mode && Some(held) > known).then_some(Event::Release { to: known, value: None, open, cleaned: 0 })
+}
+
+/// What a node that waits for nothing does where the disk says more than its memory (`held`); one event for both, as a want
+/// may turn into a grant at any moment.
+pub(crate) fn surplus(b: &LockBlock, me: NodeId, held: Option<Mode>, open: bool) -> Option<Event> {
+    let e = b.entry(me)?;
+    (e.held > held || e.wanted.is_some()).then_some(Event::GiveBack { to: held, open })
+}
+
+/// Of two holders that both want more, who is ahead in the queue keeps what it holds: whether `me`, waiting, is.
+pub(crate) fn keeps(b: &LockBlock, me: NodeId, from: NodeId) -> bool {
+    let ticket = |n| b.entry(n).filter(|e| e.wanted.is_some()).map(|e| e.ticket);
+    let (mine, theirs) = (ticket(me), ticket(from));
+    mine.is_some_and(|mine| theirs.is_none_or(|theirs| theirs > mine)) && in_the_way(b, me).is_some()
+}
+
+/// The incarnation in which a joining node would live in a slot (I8: one that was never used).
+pub(crate) fn next_life(block: &SlotBlock) -> Incarnation {
+    last_used(block) + 1
+}
+
+/// The latest incarnation of a slot that wrote or may have: that of an adopter that died never began, but its key was used.
+/// Who recovers the slot after another recoverer died must know it still, so it is a field of its own.
+pub(crate) fn last_used(block: &SlotBlock) -> Incarnation {
+    let next = match block.state {
+        SlotState::Adopting { next } => next,
+        _ => 0,
+    };
+    block.incarnation.max(block.adopter).max(next)
+}
+
+/// A free slot becomes its claimer's.
+pub(crate) fn claimed(block: &SlotBlock, nonce: u64) -> SlotBlock {
+    let incarnation = next_life(block);
+    SlotBlock { state: SlotState::Live, incarnation, ..block.successor(nonce) }
+}
+
+/// A dead node's slot, while the joining node that will live there replays its journal.
+pub(crate) fn adopting(block: &SlotBlock, nonce: u64) -> SlotBlock {
+    let next = next_life(block);
+    SlotBlock { state: SlotState::Adopting { next }, adopter: next, ..block.successor(nonce) }
+}
+
+/// The journal is replayed: all before `incarnation` have ended and the adopter lives.
+pub(crate) fn adopted(adopting: &SlotBlock, incarnation: Incarnation, nonce: u64) -> SlotBlock {
+    let mut live = adopting.successor(nonce);
+    live.end(incarnation - 1, false);
+    SlotBlock { state: SlotState::Live, incarnation, ..live }
+}
+
+/// A dead node's slot, claimed by the survivor that replays its journal.
+pub(crate) fn recovering(judged: &SlotBlock, by: NodeId, nonce: u64) -> SlotBlock {
+    SlotBlock { state: SlotState::Recovering { by }, ..judged.successor(nonce) }
+}
+
+/// The journal of the slot that was `judged` dead is replayed: its incarnation ends.
+pub(crate) fn recovered(judged: &SlotBlock, claimed: &SlotBlock, nonce: u64) -> SlotBlock {
+    let last = last_used(judged);
+    let mut ended = claimed.successor(nonce);
+    ended.end(last, false);
+    ended
+}
+
+/// A free slot, claimed by a node that needs the volume to itself: nobody lives in it, and the incarnation that this counts up
+/// never writes. `None`: it is not free.
+pub(crate) fn claimed_for_repair(block: &SlotBlock, by: NodeId, nonce: u64) -> Option<SlotBlock> {
+    (block.state == SlotState::Free).then(|| {
+        let new = block.successor(nonce);
+        SlotBlock {
+            state: SlotState::Recovering { by },
+            incarnation: block.incarnation + 1,
+            host_name: String::new(),
+            address: Vec::new(),
+            ..new
+        }
+    })
+}
+
+/// A slot that was claimed so, free again; `None` if it is not claimed any more.
+pub(crate) fn unclaimed(block: &SlotBlock, by: NodeId, nonce: u64) -> Option<SlotBlock> {
+    (block.state == SlotState::Recovering { by }).then(|| {
+        let mut new = block.successor(nonce);
+        new.end(block.incarnation, true);
+        new
+    })
+}
+
+/// Whether the slot is `me`'s, alive.
+pub(crate) fn is_mine(block: &SlotBlock, me: NodeId) -> bool {
+    block.slot == me.slot && block.state == SlotState::Live && block.incarnation == me.incarnation
+}
+
+/// The slot after its owner left cleanly; `None` if it is no longer the owner's.
+pub(crate) fn left(block: &SlotBlock, me: NodeId, nonce: u64) -> Option<SlotBlock> {
+    is_mine(block, me).then(|| {
+        let mut new = block.successor(nonce);
+        new.end(me.incarnation, true);
+        new
+    })
+}
+
+/// Whether the recovery that a block names never ends: by a life that its slot has not had, by one whose block cannot be
+/// read, or by nodes that would have to be recovered by one another. Blocks never come to say that: they are damaged.
+/// `others` gives the slots' blocks as they were read after `block`.
+pub fn never_recovered<'a>(block: &'a SlotBlock, others: impl Fn(Slot) -> Option<&'a SlotBlock>) -> bool {
+    let mut at = block;
+    for _ in 0..crate::MAX_NODES {
+        let SlotState::Recovering { by } = at.state else { return false };
+        match others(by.slot) {
+            Some(other) if by.incarnation <= other.last_ended => return false,
+            Some(other) if by.incarnation <= last_used(other) => at = other,
+            _ => return true,
+        }
+    }
+    true
+}
+
+/// What a slot needs from a survivor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Care {
+    Nothing,
+    /// Find out whether its writer is dead.
+    Judge,
+    /// It is dead, and so is who began to recover it.
+    Recover,
+}
+
+pub(crate) fn care(block: &SlotBlock, me: NodeId, table: &SlotTable) -> Care {
+    match block.state {
+        SlotState::Free => Care::Nothing,
+        // The recoverer died in turn: it was fenced when its own incarnation was ended.
+        SlotState::Recovering { by } if by == me || table.ended(by) => Care::Recover,
+        SlotState::Recovering { .. } => Care::Nothing,
+        SlotState::Live | SlotState::Adopting { .. } => Care::Judge,
+    }
 }

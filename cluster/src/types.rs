@@ -51,7 +51,7 @@ pub enum Mode {
 /// The small value a lock block carries for its holder; changed only by an exclusive holder, when it gives the lock up.
 /// For a domain: `root` = block number of the domain's header block, `next_local` = the next inode number of a
 /// domain that was freed (numbers are never reused, I8). For a group: `root` = free blocks when last given up (a hint).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct LockValue {
     pub root: u64,
     pub next_local: u64,

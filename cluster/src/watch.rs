@@ -11,7 +11,7 @@ use tokio::time::{Duration, Instant};
 
 use crate::format::{Heartbeat, SlotBlock};
 use crate::node::{decode_slot, read_table};
-use crate::{Layout, Result, Slot, Timeouts};
+use crate::{ClusterError, Layout, NodeId, Result, Slot, Timeouts, transitions};
 
 /// All slot blocks and heartbeats, read one after the other.
 pub(crate) struct Round {
@@ -30,8 +30,20 @@ impl Round {
         Ok(Self { slots, heartbeats, started, ended: Instant::now() })
     }
 
+    pub fn never_recovered(&self, block: &SlotBlock) -> bool {
+        transitions::never_recovered(block, |s| self.slots.get(usize::from(s)).and_then(|b| b.as_ref().ok()))
+    }
+
     pub fn heartbeat(&self, slot: Slot) -> &[u8] {
         self.heartbeats.get(usize::from(slot)).map_or(&[], |b| b)
+    }
+}
+
+impl Layout {
+    /// The error of a slot whose recovery never ends.
+    pub(crate) fn hopeless(&self, slot: Slot) -> ClusterError {
+        let what = format!("block of slot {slot} (it is being recovered by a node that there is not)");
+        ClusterError::Damaged { what, offset: self.slot_block(slot) }
     }
 }
 
@@ -123,7 +135,7 @@ impl Watches {
         if unchanged >= timeouts.dead_unfenced() {
             return Verdict::Dead;
         }
-        if window.cannot_fence {
+        if window.cannot_fence || dev.geometry().fencing == FencingKind::None {
             return Verdict::Undecided;
         }
         if let Some(key) = as_key
@@ -160,28 +172,49 @@ pub struct SlotInfo {
     pub heartbeat: Option<u64>,
 }
 
+/// Whether the device knows that a node is there, or that it is not.
+async fn present(dev: &dyn BlockDevice, layout: &Layout, node: NodeId) -> Result<Option<bool>> {
+    // Process locks show the nodes of one host only.
+    if layout.plain.is_some() {
+        return Ok(None);
+    }
+    Ok(match dev.presence(node.fence_key()).await? {
+        Presence::Gone => Some(false),
+        Presence::Present if dev.geometry().fencing == FencingKind::ProcessLock => Some(true),
+        Presence::Present | Presence::Unknown => None,
+    })
+}
+
 /// All slots, for status, mkfs and fsck. Where the device cannot tell whether a node is there, its heartbeat is watched
 /// for up to `watch` (two heartbeats tell a healthy node).
 pub async fn read_slots(dev: &dyn BlockDevice, layout: &Layout, watch: Duration) -> Result<Vec<SlotInfo>> {
     let first = Round::read(dev, layout).await?;
     let mut infos = Vec::new();
     for (slot, block) in (0..).zip(first.slots.iter()) {
-        let writer = block.as_ref().ok().and_then(SlotBlock::writer);
-        let alive = match writer {
-            Some(writer) => match dev.presence(writer.fence_key()).await? {
-                Presence::Gone => Some(false),
-                Presence::Present if dev.geometry().fencing == FencingKind::ProcessLock => Some(true),
-                Presence::Present | Presence::Unknown => None,
+        let alive = match block {
+            Ok(block) => match block.writer() {
+                Some(writer) => present(dev, layout, writer).await?,
+                None => Some(false),
             },
-            None if block.is_ok() => Some(false),
-            None => None,
+            // Whoever wrote it last may still live.
+            Err(_) => present(dev, layout, NodeId { slot, incarnation: 0 }).await?,
         };
         let heartbeat = Heartbeat::decode(first.heartbeat(slot), layout.volume, slot).ok().map(|h| h.counter);
         infos.push(SlotInfo { slot, block: block.clone(), alive, heartbeat });
     }
+    if first.slots.iter().flatten().any(|b| first.never_recovered(b)) {
+        // What the blocks name is to be read after them.
+        let again = Round::read(dev, layout).await?;
+        for (info, block) in infos.iter_mut().zip(&again.slots) {
+            let same = |b: &SlotBlock| info.block.as_ref().is_ok_and(|known| known.seq == b.seq);
+            if block.as_ref().is_ok_and(|b| same(b) && again.never_recovered(b)) {
+                info.block = Err(layout.hopeless(info.slot));
+            }
+        }
+    }
     let end = Instant::now() + watch;
     let pause = (watch / 8).max(Duration::from_millis(50));
-    while infos.iter().any(|i| i.alive.is_none() && i.block.is_ok()) && Instant::now() + pause <= end {
+    while infos.iter().any(|i| i.alive.is_none()) && Instant::now() + pause <= end {
         tokio::time::sleep(pause).await;
         let now = read_table(dev, layout, layout.heartbeats).await?;
         for (info, (old, new)) in infos.iter_mut().zip(first.heartbeats.iter().zip(now.iter())) {
@@ -191,4 +224,33 @@ pub async fn read_slots(dev: &dyn BlockDevice, layout: &Layout, watch: Duration)
         }
     }
     Ok(infos)
+}
+
+/// On a device whose nodes are known by their processes on this host: the host of a node that is not one of them, which its
+/// heartbeat shows to live. What such a device says of it (`Gone`) is wrong, and nothing keeps two hosts apart on it.
+pub async fn foreign_node(dev: &dyn BlockDevice, layout: &Layout, watch: Duration) -> Result<Option<String>> {
+    if dev.geometry().fencing != FencingKind::ProcessLock {
+        return Ok(None);
+    }
+    let first = Round::read(dev, layout).await?;
+    let mut gone = Vec::new();
+    for block in first.slots.iter().flatten() {
+        if let Some(writer) = block.writer()
+            && dev.presence(writer.fence_key()).await? == Presence::Gone
+        {
+            gone.push(block);
+        }
+    }
+    let end = Instant::now() + watch;
+    let pause = (watch / 8).max(Duration::from_millis(50));
+    while !gone.is_empty() && Instant::now() + pause <= end {
+        tokio::time::sleep(pause).await;
+        let now = read_table(dev, layout, layout.heartbeats).await?;
+        let moved = |slot: Slot| now.get(usize::from(slot)).is_some_and(|b| b[..] != *first.heartbeat(slot));
+        if let Some(block) = gone.iter().find(|block| moved(block.writer().map_or(block.slot, |w| w.slot))) {
+            let name = block.host_name.clone();
+            return Ok(Some(if name.is_empty() { "a host without a name".into() } else { name }));
+        }
+    }
+    Ok(None)
 }

@@ -19,6 +19,7 @@ impl Volume {
             let (weak, mut stop) = (self.me.clone(), self.stop.subscribe());
             tokio::spawn(async move {
                 if let (Job::Deferred, Some(volume)) = (job, weak.upgrade()) {
+                    volume.unnamed_from_before().await;
                     volume.clean_own_slot().await;
                 }
                 loop {
@@ -43,7 +44,10 @@ impl Volume {
                 Ok(()) => self.journal.checkpoint().await.map_err(|e| self.journal_failed(e)),
                 e => e,
             },
-            Job::Deferred => self.reclaim_slot(self.own_domain()).await,
+            Job::Deferred => {
+                self.free_unnamed_at_hand().await;
+                self.reclaim_slot(self.own_domain()).await
+            }
         };
         if let Err(e) = result
             && !e.is_leaving()

@@ -12,6 +12,7 @@ use tokio::sync::RwLock;
 use crate::contents::MappedWrites;
 use crate::format::item::{Inode, Time};
 use crate::hold::Hold;
+use crate::locks::DomainLocks;
 
 /// Bytes of a page: the unit in which file contents wait in memory, equal to a block.
 pub const PAGE: u64 = 4096;
@@ -29,6 +30,7 @@ pub struct Domain {
     /// Under this tenure there may be unnamed files that only dead nodes had open.
     pub leftovers: Mutex<Option<Tenure>>,
     pub mapped: MappedWrites,
+    pub locks: DomainLocks,
 }
 
 /// Contents of one page that the device does not have yet.
@@ -61,6 +63,11 @@ pub struct FileState {
 impl FileState {
     pub fn dirty(&self) -> bool {
         self.live.is_some() || self.pages.values().any(|p| p.record.is_none())
+    }
+
+    /// Something acknowledged would be lost by a crash.
+    pub fn unsaved(&self) -> bool {
+        self.live.is_some() || !self.pages.is_empty()
     }
 
     fn idle(&self) -> bool {
@@ -98,6 +105,7 @@ impl Domain {
             open_flagged: Mutex::new(false),
             leftovers: Mutex::new(None),
             mapped: MappedWrites::default(),
+            locks: DomainLocks::new(id),
         })
     }
 

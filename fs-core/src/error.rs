@@ -43,9 +43,20 @@ pub enum FsError {
     NotSupported,
     #[error("no data or hole beyond this offset")]
     NoSuchOffset,
+    /// Another owner's lock is in the way.
+    #[error("locked by another process")]
+    Locked,
+    #[error("waiting for the lock would never end")]
+    Deadlock,
+    /// The caller gave up waiting; nothing was done.
+    #[error("interrupted")]
+    Interrupted,
     /// The inode is gone.
     #[error("stale inode")]
     Stale,
+    /// Not an error of the caller's: a directory is made with another domain number.
+    #[error("the domain number is being used")]
+    DomainBusy,
     #[error(transparent)]
     Device(#[from] DevError),
     #[error(transparent)]

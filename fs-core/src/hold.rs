@@ -46,8 +46,20 @@ struct State {
     served: bool,
     /// Why the latest acquire failed, until the next one starts.
     error: Option<FsError>,
-    /// Inodes whose pages went to the kernel while it was being invalidated.
+    /// Inodes whose pages may go to the kernel while it is being invalidated.
     touched: BTreeSet<u64>,
+    usage: Usage,
+}
+
+/// How much a lock was used by this node, since it first was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Operations admitted.
+    pub operations: u64,
+    /// Grants from the lock block, upgrades among them.
+    pub acquired: u64,
+    /// Times that it was given up or lowered to shared.
+    pub given_up: u64,
 }
 
 /// The state of one lock on this node.
@@ -92,6 +104,7 @@ impl Hold {
                 served: false,
                 error: None,
                 touched: BTreeSet::new(),
+                usage: Usage::default(),
             }),
             changed: Notify::new(),
         })
@@ -102,17 +115,29 @@ impl Hold {
         self.state.lock().grant
     }
 
+    pub fn usage(&self) -> Usage {
+        self.state.lock().usage
+    }
+
     /// Admits an operation, or says what is missing.
     pub fn try_enter(self: &Arc<Self>, mode: Mode) -> Entry {
+        self.try_enter_with_pages(mode, None)
+    }
+
+    /// ... by which pages of an inode may get into the kernel's cache. If that is being invalidated they are remembered at once,
+    /// as the operation may get to them, or the kernel to its reply, when nobody asks for them any more.
+    pub fn try_enter_with_pages(self: &Arc<Self>, mode: Mode, pages_of: Option<u64>) -> Entry {
         let mut s = self.state.lock();
         if s.stage != Stage::Blocked && s.grant.is_some_and(|g| g.mode >= mode) {
             let cacheable = s.stage == Stage::Open;
             if cacheable {
                 s.tickets += 1
             } else {
-                s.late_tickets += 1
+                s.late_tickets += 1;
+                s.touched.extend(pages_of);
             }
             s.served = true;
+            s.usage.operations += 1;
             return Entry::Admitted(Ticket { hold: self.clone(), cacheable });
         }
         if s.stage == Stage::Open && !s.revoking && s.acquiring.is_none() {
@@ -163,6 +188,7 @@ impl Hold {
     pub fn granted(&self, grant: Grant) -> bool {
         let mut s = self.state.lock();
         s.grant = Some(grant);
+        s.usage.acquired += 1;
         s.acquiring = None;
         s.served = false;
         let start = !s.revoking && s.target().is_some();
@@ -266,11 +292,20 @@ impl Hold {
     /// The lock block was changed: `mode` is what is left.
     pub fn lowered(&self, mode: Option<Mode>) {
         let mut s = self.state.lock();
+        s.usage.given_up += 1;
         s.grant = mode.and_then(|m| s.grant.map(|g| Grant { mode: m, ..g }));
         s.stage = Stage::Open;
         s.touched.clear();
         drop(s);
         self.changed.notify_waiters();
+    }
+
+    /// The domain was freed by an operation just installed. Whoever is admitted before the lock has been given up must not
+    /// take what the device still has there for the domain.
+    pub fn emptied(&self) {
+        if let Some(grant) = &mut self.state.lock().grant {
+            grant.value.root = 0;
+        }
     }
 
     /// Everything is lost (I12): wakes all waiters, admits nobody.
@@ -281,14 +316,6 @@ impl Hold {
         s.stage = Stage::Open;
         drop(s);
         self.changed.notify_waiters();
-    }
-
-    /// Remembers that pages of an inode went to or came from the kernel while it is being invalidated.
-    fn touch(&self, ino: u64) {
-        let mut s = self.state.lock();
-        if s.stage == Stage::Serving {
-            s.touched.insert(ino);
-        }
     }
 }
 
@@ -317,13 +344,6 @@ impl Ticket {
         self.cacheable
     }
 
-    /// See [`Hold::block_or_touched`].
-    pub fn touch(&self, ino: u64) {
-        if !self.cacheable {
-            self.hold.touch(ino);
-        }
-    }
-
     pub fn hold(&self) -> &Arc<Hold> {
         &self.hold
     }
@@ -342,5 +362,36 @@ impl Drop for Ticket {
         if wake {
             self.hold.changed.notify_waiters();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held() -> Arc<Hold> {
+        let hold = Hold::new(LockId::Domain(3));
+        hold.granted(Grant {
+            mode: Mode::Exclusive,
+            tenure: 7,
+            previous_tenure: 0,
+            value: cluster::LockValue::default(),
+            open_elsewhere: false,
+            after_crash: false,
+        });
+        hold
+    }
+
+    /// A reader that is admitted while the kernel's pages are being dropped may wait for others of the domain before it gets to
+    /// what it reads: its pages are dropped nevertheless.
+    #[tokio::test]
+    async fn pages_are_remembered_at_admission() {
+        let hold = held();
+        hold.serve_uncached().await;
+        let Entry::Admitted(late) = hold.try_enter_with_pages(Mode::Shared, Some(8)) else { panic!("not admitted") };
+        assert!(!late.cacheable());
+        assert_eq!(hold.block_or_touched(), Some(vec![8]));
+        assert_eq!(hold.block_or_touched(), None);
+        assert!(matches!(hold.try_enter_with_pages(Mode::Shared, Some(9)), Entry::Wait));
     }
 }

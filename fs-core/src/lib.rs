@@ -6,6 +6,7 @@
 //! tree (`tree`), free space (`alloc`, `space`), verified blocks (`store`), and the on-disk format (`format`).
 
 mod acl;
+pub mod activity;
 pub mod alloc;
 mod background;
 pub mod check;
@@ -14,6 +15,7 @@ mod domain;
 pub mod error;
 pub mod format;
 mod hold;
+mod locks;
 mod ops;
 mod recovery;
 pub mod repair;
@@ -23,9 +25,12 @@ mod store;
 pub mod tree;
 mod txn;
 pub mod types;
+mod unnamed;
 mod volume;
 
 pub use error::{FsError, Result};
-pub use recovery::JournalRecoverer;
+pub use format::item::ino_domain;
+pub use locks::{FileLock, HeldLock, Space, TO_THE_END};
+pub use recovery::{JournalRecoverer, refuse_unclean};
 pub use types::*;
-pub use volume::{Leased, MountError, ROOT_INO, Volume, read_superblock};
+pub use volume::{Leased, MountError, ROOT_INO, Remains, Volume, read_superblock};

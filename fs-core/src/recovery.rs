@@ -1,14 +1,17 @@
 //! Replaying a dead node's journal.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use blockdev::{BlockDevice, IoClass};
-use cluster::{LockBlock, LockId, Mode, NodeId, Recoverer, Tenure};
+use cluster::{LockBlock, LockId, Mode, NodeId, Recoverer, SlotState, Tenure};
 use journal::TenureSource;
 use parking_lot::Mutex;
 
+use crate::error::FsError;
 use crate::format::layout::VolumeLayout;
+use crate::volume::{MountError, read_superblock};
 
 /// Works on the device alone, so that a node can recover before it has joined.
 pub struct JournalRecoverer {
@@ -50,4 +53,17 @@ impl TenureSource for JournalRecoverer {
         let block = LockBlock::decode(&sector, layout.volume, lock).map_err(|e| format!("{lock}: {e}"))?;
         Ok(block.held_by(holder).filter(|m| *m == Mode::Exclusive).map(|_| block.tenure))
     }
+}
+
+/// For a read-only mount: an error if a dead node's journal waits to be replayed and no living node is there to do it. Where the
+/// device cannot tell who lives, heartbeats are watched for two and a half of their intervals.
+pub async fn refuse_unclean(device: &dyn BlockDevice) -> std::result::Result<(), MountError> {
+    let sb = read_superblock(device).await?;
+    let watch = Duration::from_millis(u64::from(sb.timeouts.heartbeat_ms) * 5 / 2);
+    let slots = cluster::read_slots(device, &sb.layout().cluster(), watch).await.map_err(FsError::from)?;
+    if slots.iter().any(|s| s.alive == Some(true)) {
+        return Ok(());
+    }
+    let dead = slots.into_iter().find_map(|s| s.block.ok().filter(|b| b.state != SlotState::Free));
+    dead.map_or(Ok(()), |b| Err(MountError::Unclean { slot: b.slot, host: b.host_name }))
 }

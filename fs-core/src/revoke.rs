@@ -36,9 +36,21 @@ impl LockClient for Client {
         tokio::spawn(async move { volume.clean_after(dead).await });
     }
 
+    fn woken(&self, id: LockId) {
+        if let Some(volume) = self.volume.upgrade() {
+            volume.look_if_waiting(id);
+        }
+    }
+
+    fn slots_changed(&self) {
+        if let Some(volume) = self.volume.upgrade() {
+            volume.look_everywhere();
+            volume.look_for_unnamed();
+        }
+    }
+
     fn lapsed(&self) {
         if let Some(volume) = self.volume.upgrade() {
-            tracing::error!(node = %volume.node(), "the lease lapsed: the volume is unusable here until it is mounted again");
             volume.fail(FsError::Cluster(cluster::ClusterError::Lapsed));
         }
     }
@@ -63,22 +75,28 @@ impl Volume {
     async fn acquire_covering(&self, hold: &Arc<Hold>, mode: Mode) -> Result<()> {
         loop {
             self.check()?;
-            let grant = self.node.acquire(hold.id, mode).await?;
+            self.node.acquire(hold.id, mode).await?;
             let _turn = hold.turn.lock().await;
             // A revocation of the shared mode that was held before may have given up the new mode with it.
-            if self.node.held(hold.id).is_none_or(|g| g.mode < mode) {
-                continue;
-            }
-            if let Err(e) = self.take_over(hold, grant).await {
+            let Some(grant) = self.node.held(hold.id).filter(|g| g.mode >= mode) else { continue };
+            // A new directory may have taken the domain's number, and its lock, meanwhile: that grant stands.
+            let taken_over = hold.grant().filter(|g| g.mode >= mode && g.tenure == grant.tenure);
+            if taken_over.is_none()
+                && let Err(e) = self.take_over(hold, grant).await
+            {
                 let keep = Release { to: None, value: None, open: false, cleaned: false };
                 let _ = self.node.release(hold.id, keep).await;
                 return Err(e);
             }
+            let grant = taken_over.unwrap_or(grant);
             let demanded = hold.granted(grant);
             let Some(volume) = self.me.upgrade() else { return Ok(()) };
             if demanded {
                 let (volume, hold) = (volume.clone(), hold.clone());
                 tokio::spawn(async move { volume.revoke(hold).await });
+            }
+            if grant.mode == Mode::Exclusive {
+                self.look_if_waiting(hold.id);
             }
             if let LockId::Domain(d) = hold.id
                 && self.domain(d).has_leftovers()
@@ -146,6 +164,7 @@ impl Volume {
         hold.drained().await;
         self.check()?;
         self.flush_domain(&domain).await?;
+        self.store_locks(&domain).await?;
         self.journal.settle(hold.id).await.map_err(|e| self.journal_failed(e))?;
         self.reap();
         let open = to.is_none() && domain.has_opens();
@@ -158,8 +177,8 @@ impl Volume {
     async fn give_up_group(&self, group: u32, hold: &Arc<Hold>) -> Result<()> {
         self.let_one_in(hold).await;
         hold.serve_uncached().await;
-        if self.alloc.reserved() > 0 && self.alloc.free(Some(group)) < 2 * self.alloc.reserved() {
-            // Contents in memory were promised blocks that are about to go away.
+        if !self.alloc.begin_leaving(group) {
+            // Contents in memory were promised blocks that are about to go away. Later promises are not of this group.
             self.flush_everything().await?;
         }
         while hold.block_or_touched().is_some() {}
@@ -215,6 +234,10 @@ impl Volume {
         {
             tracing::warn!(node = %self.node(), slot = dead.slot, "cannot clean up after the dead node: {e}");
         }
+        self.free_unnamed_noted_by(domain).await;
+        self.free_unnamed_of_the_gone().await;
+        // Their blocks lie in groups of the dead node, and need not wait until more has come together.
+        self.clean_own_slot().await;
         // Nobody else needs it; whoever takes the slot next wants it at once.
         if domain != self.own_domain() {
             self.give_up(LockId::Domain(domain)).await;

@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use blockdev::IoClass;
 use cluster::{LockBlock, LockId, Mode};
+use journal::block;
 
 use crate::alloc::Purpose;
 use crate::error::{FsError, Result};
+use crate::format::group::GroupHeader;
 use crate::format::item::{Key, Kind};
-use crate::format::layout::Extent;
-use crate::txn::{Plan, Txn};
+use crate::format::layout::{BLOCK, Extent};
+use crate::txn::{Kept, Plan, Txn};
 use crate::types::StatFs;
 use crate::volume::Volume;
 
@@ -21,6 +23,11 @@ const MAKE_WAY: Duration = Duration::from_millis(50);
 const MAKE_WAY_MOST: Duration = Duration::from_secs(2);
 /// So often the owner of a slot tries at once: somebody else may be its owner on the next mount.
 const OWNERS_ATTEMPTS: u32 = 20;
+/// So often an operation that lost the group it had found looks for one again at once.
+const QUICK_TRIES: u32 = 2;
+/// How long a group is kept for an operation that waits for its domains, per try.
+const KEEP: Duration = Duration::from_millis(200);
+const KEEP_MOST: u32 = 10;
 /// Lock blocks read at once when groups are looked over.
 const SURVEY_BYTES: u64 = 1 << 20;
 
@@ -34,34 +41,39 @@ struct Candidate {
 
 impl Volume {
     /// Gets a group with free blocks for an operation that ran out of them.
-    pub(crate) async fn find_space(&self, blocks: u64, plan: &Plan) -> Result<()> {
+    pub(crate) async fn find_space(&self, blocks: u64, plan: &Plan) -> Result<Option<Kept>> {
         let _one = self.searching.lock().await;
         if self.enough(blocks, plan.purpose) && plan.space_tries <= 2 {
-            return Ok(());
+            return Ok(None);
         }
         // Blocks freed a moment ago count once the record of the free is durable.
         let before = self.alloc.free(None);
         self.commit().await?;
         if self.alloc.free(None) > before && self.enough(blocks, plan.purpose) && plan.space_tries <= 4 {
-            return Ok(());
+            return Ok(None);
         }
         for c in self.candidates().await? {
             if c.free == 0 && !c.taken {
                 continue;
             }
-            let _ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
+            let ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
             let free = self.alloc.held().into_iter().find(|(g, _)| *g == c.group).map_or(0, |(_, f)| f);
             if self.alloc.usable(free, plan.purpose) > 0 && self.enough(blocks.min(64), plan.purpose) {
-                return Ok(());
+                // Others that need it and the same domain would take it while this operation waits for the domain, and
+                // this node the domain from them, for ever.
+                let kept = plan.space_tries > QUICK_TRIES;
+                return Ok(kept.then(|| Kept::for_a_time(ticket, KEEP * plan.space_tries.min(KEEP_MOST))));
             }
         }
-        if self.enough(1, plan.purpose) && plan.space_tries < 64 { Ok(()) } else { Err(FsError::NoSpace) }
+        if self.enough(1, plan.purpose) && plan.space_tries < 64 { Ok(None) } else { Err(FsError::NoSpace) }
     }
 
     fn enough(&self, blocks: u64, purpose: Purpose) -> bool {
+        if purpose == Purpose::Grow {
+            return self.alloc.unpromised() >= blocks.max(1);
+        }
         let usable: u64 = self.alloc.held().iter().map(|(_, f)| self.alloc.usable(*f, purpose)).sum();
-        let promised = if purpose == Purpose::Grow { self.alloc.reserved() } else { 0 };
-        usable >= promised + blocks.max(1)
+        usable >= blocks.max(1)
     }
 
     /// Gets a group with a free domain number; false if there is none in the whole volume.
@@ -81,9 +93,9 @@ impl Volume {
         Ok(false)
     }
 
-    /// The groups that this node does not hold: free ones first, fullest last; nodes start at different places.
+    /// The groups that this node does not hold, or not for long: free ones first, fullest last; nodes start at different places.
     async fn candidates(&self) -> Result<Vec<Candidate>> {
-        let mut all: Vec<Candidate> = self.survey().await?.into_iter().filter(|c| !self.alloc.has(c.group)).collect();
+        let mut all: Vec<Candidate> = self.survey().await?.into_iter().filter(|c| !self.alloc.keeps(c.group)).collect();
         let groups = u64::from(self.layout.groups);
         let start = u64::from(self.node().slot) * groups / u64::from(self.layout.nodes);
         all.sort_by_key(|c| (c.taken, c.free == 0, (u64::from(c.group) + groups - start) % groups));
@@ -116,13 +128,24 @@ impl Volume {
         self.check()?;
         let held = self.alloc.held();
         let mine: BTreeSet<u32> = held.iter().map(|(g, _)| *g).collect();
-        let elsewhere: u64 = self.survey().await?.iter().filter(|c| !mine.contains(&c.group)).map(|c| c.free).sum();
-        let free = held.iter().map(|(_, f)| f).sum::<u64>() + elsewhere;
+        let mut free: u64 = held.iter().map(|(_, f)| f).sum();
+        for c in self.survey().await?.iter().filter(|c| !mine.contains(&c.group)) {
+            free += if c.taken { self.placed_free(c.group).await?.unwrap_or(c.free) } else { c.free };
+        }
         let free = free.saturating_sub(self.alloc.reserved());
         let groups = self.layout.groups;
         let blocks = (0..groups).map(|g| self.layout.group_extent(g).len).sum();
         // Inodes cost bytes, not places: as many more as fit into the free blocks, eight to a block.
         Ok(StatFs { blocks, free, files: blocks * 8, files_free: free * 8, block_size: 4096, name_max: 255 })
+    }
+
+    /// Free blocks of a group that another node holds, or held when it ended, as the header in its place says: newer than
+    /// the lock block's count, which is from when the group was last given up. Nothing but a figure for users: the lock is not held.
+    async fn placed_free(&self, group: u32) -> Result<Option<u64>> {
+        let number = self.layout.group_header(group);
+        let read = self.device.read(IoClass::Meta, number * BLOCK, BLOCK as usize).await?;
+        let sound = block::verify(&read, self.layout.volume, number, LockId::Group(group)).is_ok();
+        Ok(sound.then(|| GroupHeader::decode(&read).ok()).flatten().map(|h| h.free_blocks))
     }
 
     // ---- frees into groups that others hold --------------------------------------------------------------------
@@ -170,8 +193,13 @@ impl Volume {
         if domain == self.own_domain() && attempt < OWNERS_ATTEMPTS {
             return;
         }
+        self.step_back(attempt + 1).await;
+    }
+
+    /// Different nodes wait for different times.
+    async fn step_back(&self, times: u32) {
         let step = MAKE_WAY * (u32::from(self.node().slot) + 1);
-        tokio::time::sleep((step * (attempt + 1)).min(MAKE_WAY_MOST)).await;
+        tokio::time::sleep((step * times).min(MAKE_WAY_MOST)).await;
     }
 
     /// Deferred frees of this slot, also of its earlier incarnations. What cannot be done now is done by a later mount.

@@ -26,8 +26,30 @@ use crate::volume::Volume;
 pub struct Plan {
     pub domains: BTreeMap<u32, Mode>,
     pub purpose: Purpose,
+    /// An inode whose pages may go to the kernel by this.
+    pages_of: Option<u64>,
     /// Times the operation has started over for want of space.
     pub space_tries: u32,
+    /// A group that was found for it.
+    pub kept: Option<Kept>,
+}
+
+/// Keeps a lock while an operation waits for others: for a time only, as nobody may wait for one lock while keeping another.
+pub struct Kept {
+    _ticket: Arc<parking_lot::Mutex<Option<Ticket>>>,
+}
+
+impl Kept {
+    pub fn for_a_time(ticket: Ticket, time: std::time::Duration) -> Self {
+        let kept = Arc::new(parking_lot::Mutex::new(Some(ticket)));
+        let weak = Arc::downgrade(&kept);
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            let over = weak.upgrade().and_then(|k| k.lock().take());
+            drop(over);
+        });
+        Self { _ticket: kept }
+    }
 }
 
 impl Plan {
@@ -38,7 +60,17 @@ impl Plan {
         Self::new(domains, Mode::Exclusive, purpose)
     }
     fn new(domains: &[u32], mode: Mode, purpose: Purpose) -> Self {
-        Self { domains: domains.iter().map(|d| (*d, mode)).collect(), purpose, space_tries: 0 }
+        Self {
+            domains: domains.iter().map(|d| (*d, mode)).collect(),
+            purpose,
+            pages_of: None,
+            space_tries: 0,
+            kept: None,
+        }
+    }
+    /// Pages of the inode may go to the kernel, or come from it (see [`crate::hold`]).
+    pub fn with_pages_of(self, ino: u64) -> Self {
+        Self { pages_of: Some(ino), ..self }
     }
     pub fn writes(&self) -> bool {
         self.domains.values().any(|m| *m == Mode::Exclusive)
@@ -104,7 +136,8 @@ impl<'v> Txn<'v> {
         let mut admitted = BTreeMap::new();
         for (&id, &mode) in &plan.domains {
             let domain = vol.domain(id);
-            let ticket = vol.enter(&domain.hold, mode).await?;
+            let pages_of = plan.pages_of.filter(|ino| ino_domain(*ino) == id);
+            let ticket = vol.enter_with_pages(&domain.hold, mode, pages_of).await?;
             admitted.insert(id, (domain, mode, ticket));
         }
         Ok(Self::admit(vol, plan.purpose, admitted).await)
@@ -159,14 +192,7 @@ impl<'v> Txn<'v> {
         }
     }
 
-    /// Remembers that pages of the inode go to or come from the kernel (see [`crate::hold`]).
-    pub fn touch(&self, inode: u64) {
-        if let Some(a) = self.admitted.get(&ino_domain(inode)) {
-            a.ticket.touch(inode);
-        }
-    }
-
-    fn tenure(&self, id: u32) -> Result<Tenure> {
+    pub fn tenure(&self, id: u32) -> Result<Tenure> {
         let domain = self.domain(id, Mode::Shared)?;
         domain.hold.grant().map(|g| g.tenure).ok_or(FsError::NeedDomain(id))
     }
@@ -352,7 +378,8 @@ impl<'v> Txn<'v> {
         Arc::make_mut(&mut self.blocks.entry(number).insert_entry(block).into_mut().new)
     }
 
-    /// The header of a domain that this operation makes; its lock is held already.
+    /// The header of a domain that this operation makes; its lock is held already. [`DomainBusy`](FsError::DomainBusy):
+    /// take another number.
     pub fn add_domain(
         &mut self,
         domain: Arc<Domain>,
@@ -362,7 +389,9 @@ impl<'v> Txn<'v> {
     ) -> Result<()> {
         let id = domain.id;
         let grant = domain.hold.grant().ok_or(FsError::NeedDomain(id))?;
-        let guard = domain.ops.clone().try_write_owned().map_err(|_| FsError::Stale)?;
+        // Somebody who still asks for an inode that the number meant before may have been let in. Waiting for him here,
+        // with other domains in hand, could be for ever.
+        let guard = domain.ops.clone().try_write_owned().map_err(|_| FsError::DomainBusy)?;
         self.admitted.insert(id, Admitted { domain, mode: Mode::Exclusive, ticket, _guard: OpGuard::Write(guard) });
         self.fresh_block(LockId::Domain(id), grant.tenure, header_block, BlockKind::DomainHeader);
         self.headers.insert(id, TxHeader { block: header_block, header, as_read: DomainHeader::default() });
@@ -490,16 +519,19 @@ impl Drop for Txn<'_> {
         if self.done {
             return;
         }
-        if let (Some(domain), Some(vol)) = (self.spare.take(), self.vol.me.upgrade()) {
-            // Its number stays taken, and its group held, until its lock block is free again.
-            self.space.domains_allocated.retain(|d| *d != domain.id);
+        let spare = self.spare.take();
+        // The number of a spare domain stays taken, and its group held, until its lock block is free again.
+        self.space.domains_allocated.retain(|d| spare.as_ref().is_none_or(|s| s.id != *d));
+        self.vol.alloc.give_back(&self.space);
+        if let (Some(domain), Some(vol)) = (spare, self.vol.me.upgrade()) {
             let groups = std::mem::take(&mut self.groups);
+            let next_local = domain.hold.grant().map(|g| g.value.next_local);
+            domain.hold.emptied();
             tokio::spawn(async move {
-                vol.give_back_domain(&domain, None).await;
+                vol.give_back_domain(&domain, next_local).await;
                 drop(groups);
             });
         }
-        self.vol.alloc.give_back(&self.space);
     }
 }
 
@@ -537,8 +569,12 @@ impl NodeWrite for TxTree<'_, '_> {
         let (next, left) = if header.reserve_len > 0 {
             (header.reserve_next, header.reserve_len)
         } else {
-            let run =
-                self.tx.take_blocks(run_length(header.nodes), Some(header.reserve_next).filter(|b| *b > 0), purpose)?;
+            let goal = Some(header.reserve_next).filter(|b| *b > 0);
+            // Of the blocks kept back for removals and accepted contents only what is needed.
+            let run = match self.tx.take_blocks(run_length(header.nodes), goal, Purpose::Grow) {
+                Err(FsError::NeedSpace(_)) => self.tx.take_blocks(1, goal, purpose)?,
+                run => run?,
+            };
             (run.start, run.len as u32)
         };
         let h = self.tx.header(id).await?;

@@ -1,25 +1,31 @@
 //! The volume: what a mount is, below FUSE. Joining and leaving, admission, and the loop that every operation runs in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Weak};
 
 use blockdev::{BlockDevice, IoClass, StatsSnapshot};
 use cluster::{ClusterError, JoinConfig, LockId, LockStats, Mode, Node, NodeId};
 use journal::{Journal, JournalStats, RecordNo};
+use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::alloc::Allocator;
 use crate::domain::Domain;
 use crate::error::{FsError, Result};
-use crate::format::item::Time;
+use crate::format::item::{Time, ino as make_ino, ino_domain, ino_local};
 use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
-use crate::format::superblock::{Superblock, SuperblockError};
+use crate::format::superblock::{RO_COMPAT_KNOWN, Superblock, SuperblockError};
 use crate::hold::{Entry, Hold, Ticket};
+use crate::locks::WaitsFor;
 use crate::recovery::JournalRecoverer;
 use crate::store::Store;
 use crate::txn::{Plan, Txn};
 use crate::types::*;
+
+/// As many files may be between their fsync and the name that makes them known.
+const SYNCED: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4095);
 
 /// The root directory's inode number.
 pub const ROOT_INO: u64 = (1 << 40) | 1;
@@ -31,18 +37,40 @@ pub struct Leased<T> {
     pub value: T,
     /// The kernel may cache it without limit; false while a revocation is under way.
     pub cacheable: bool,
-    tickets: Vec<Ticket>,
+    /// A file that was synced got its first name since: who is told of it may take the file to be safe under that name, without a sync
+    /// of the directory. Delivery agents do (Postfix's local(8) and virtual(8), procmail, maildrop). See [`Volume::commit_name`].
+    pub names_synced: bool,
+    pub(crate) tickets: Vec<Ticket>,
 }
 
 impl<T> Leased<T> {
     pub(crate) fn new(value: T, tickets: Vec<Ticket>) -> Self {
-        Self { value, cacheable: tickets.iter().all(Ticket::cacheable), tickets }
+        Self { value, cacheable: tickets.iter().all(Ticket::cacheable), names_synced: false, tickets }
+    }
+
+    /// What was so a moment ago, after the operation had begun: true enough as its result, and not to be cached.
+    pub fn past(value: T) -> Self {
+        Self { value, cacheable: false, names_synced: false, tickets: Vec::new() }
     }
 
     /// Another value, still under the same tickets.
     pub fn map<U>(self, f: impl FnOnce(T) -> U) -> Leased<U> {
-        Leased { value: f(self.value), cacheable: self.cacheable, tickets: self.tickets }
+        let Self { value, cacheable, names_synced, tickets } = self;
+        Leased { value: f(value), cacheable, names_synced, tickets }
     }
+}
+
+/// What an abandoned volume leaves to its successor on the same mount.
+#[derive(Clone, Debug, Default)]
+pub struct Remains {
+    /// Open files and directories by inode number, and how often each is open.
+    pub open: BTreeMap<u64, u32>,
+    /// Domains with acknowledged changes that were not durable yet: whoever asks for their durability must get an error.
+    pub lost: BTreeSet<u32>,
+    /// Files whose contents were not all written.
+    pub lost_files: BTreeSet<u64>,
+    /// Files on which processes had locks: others may have had them since.
+    pub unlocked: BTreeSet<u64>,
 }
 
 /// Why a volume cannot be mounted.
@@ -54,8 +82,17 @@ pub enum MountError {
     Fs(#[from] FsError),
     #[error("the device has {have} bytes, the volume needs {need}: it was truncated, or the wrong device is named")]
     TooSmall { have: u64, need: u64 },
+    #[error(
+        "the volume has features that this clusterfs does not know ({features:#x}): upgrade this host's clusterfs, or mount it with -o ro"
+    )]
+    ReadOnlyFeatures { features: u64 },
     #[error("the volume was made for {volume}-byte sectors, the device has {device}-byte ones")]
     SectorSize { volume: u32, device: u32 },
+    #[error(
+        "slot {slot} was not unmounted{}, and a read-only mount replays no journal: mount the volume read-write once, or run fsck.clusterfs -p",
+        if host.is_empty() { String::new() } else { format!(" (host {host})") }
+    )]
+    Unclean { slot: u16, host: String },
 }
 
 pub struct Volume {
@@ -73,15 +110,23 @@ pub struct Volume {
     pub(crate) dirty_limit: usize,
     /// Bytes of contents that the journal has not got yet.
     pub(crate) dirty_bytes: AtomicUsize,
+    /// Inodes synced lately and not named since, by [`Volume::fsync`] and `named`; directories among them.
+    pub(crate) synced: Mutex<LruCache<u64, ()>>,
     pub(crate) domains: Mutex<BTreeMap<u32, Arc<Domain>>>,
     pub(crate) groups: Mutex<BTreeMap<u32, Arc<Hold>>>,
+    /// Whom processes here wait for with their file locks.
+    pub(crate) waits_for: WaitsFor,
+    /// Domains that this slot's own one notes (see [`crate::unnamed`]).
+    pub(crate) unnamed: Mutex<BTreeSet<u32>>,
     /// One search for space at a time.
     pub(crate) searching: tokio::sync::Mutex<()>,
     /// One flush for want of memory at a time.
     pub(crate) flushing: tokio::sync::Mutex<()>,
     /// Why the volume can do nothing any more.
-    failed: Mutex<Option<FsError>>,
+    failed: tokio::sync::watch::Sender<Option<FsError>>,
     pub(crate) stop: tokio::sync::watch::Sender<bool>,
+    /// Shared by what goes on after last closes: an unmount waits for that, as nobody else would free unnamed files later.
+    pub(crate) closing: Arc<tokio::sync::RwLock<()>>,
     pub(crate) me: Weak<Volume>,
 }
 
@@ -107,6 +152,10 @@ impl Volume {
     /// Joins the volume: claims a slot, takes over a dead one's if none is free.
     pub async fn mount(cfg: MountConfig) -> std::result::Result<Arc<Self>, MountError> {
         let superblock = read_superblock(cfg.device.as_ref()).await?;
+        let unknown = superblock.ro_compat & !RO_COMPAT_KNOWN;
+        if unknown != 0 && !cfg.read_only {
+            return Err(MountError::ReadOnlyFeatures { features: unknown });
+        }
         let layout = superblock.layout();
         let recoverer = Arc::new(JournalRecoverer::new(cfg.device.clone(), layout));
         let node = Node::join(JoinConfig {
@@ -139,12 +188,16 @@ impl Volume {
             atime: cfg.atime,
             dirty_limit: cfg.dirty_bytes,
             dirty_bytes: AtomicUsize::new(0),
+            synced: Mutex::new(LruCache::new(SYNCED)),
             domains: Mutex::new(BTreeMap::new()),
             groups: Mutex::new(BTreeMap::new()),
+            waits_for: WaitsFor::default(),
+            unnamed: Mutex::new(BTreeSet::new()),
             searching: tokio::sync::Mutex::new(()),
             flushing: tokio::sync::Mutex::new(()),
-            failed: Mutex::new(None),
+            failed: tokio::sync::watch::channel(None).0,
             stop: tokio::sync::watch::channel(false).0,
+            closing: Arc::default(),
             me: me.clone(),
         });
         node.start(Arc::new(crate::revoke::Client { volume: volume.me.clone() }));
@@ -169,8 +222,57 @@ impl Volume {
         }
     }
 
+    pub fn has_failed(&self) -> bool {
+        self.failed.borrow().is_some()
+    }
+
+    /// Waits until the volume can do nothing any more, and says why.
+    pub async fn failed(&self) -> FsError {
+        let mut failed = self.failed.subscribe();
+        match failed.wait_for(Option::is_some).await.map(|e| e.clone()) {
+            Ok(Some(e)) => e,
+            // Not while `self` is there.
+            _ => FsError::Cluster(ClusterError::Leaving),
+        }
+    }
+
+    /// Ends this membership like a crash, after a failure or a lapse: no write follows (I12), the journal is left to recovery.
+    pub fn abandon(&self) {
+        self.stop.send_replace(true);
+        self.fail(FsError::Cluster(ClusterError::Lapsed));
+        self.node.abandon();
+    }
+
+    /// Once nobody uses an abandoned volume: what a new membership has to know, for those who go on using the mount.
+    pub fn remains(&self) -> Remains {
+        let mut left = Remains::default();
+        let unsaved = self.journal.not_durable();
+        for d in self.domains.lock().values() {
+            let files = d.files.lock();
+            for (local, file) in files.iter().filter(|(_, f)| f.opens > 0) {
+                left.open.insert(make_ino(d.id, *local), file.opens);
+            }
+            left.unlocked.extend(d.locks.files_of(self.node()).into_iter().map(|local| make_ino(d.id, local)));
+            let before = left.lost_files.len();
+            left.lost_files.extend(files.iter().filter(|(_, f)| f.unsaved()).map(|(local, _)| make_ino(d.id, *local)));
+            left.lost_files.extend(d.mapped.files().map(|local| make_ino(d.id, local)));
+            if left.lost_files.len() > before || unsaved.contains(&d.lock_id()) {
+                left.lost.insert(d.id);
+            }
+        }
+        left
+    }
+
+    /// Counts files as open here that are open from before. One that is gone meanwhile stays gone: its users get errors.
+    pub fn adopt_open(&self, open: &BTreeMap<u64, u32>) {
+        for (ino, opens) in open {
+            self.domain(ino_domain(*ino)).with_file(ino_local(*ino), |f| f.opens += opens);
+        }
+    }
+
     async fn write_back_all(&self) -> Result<()> {
         self.check()?;
+        drop(self.closing.write().await);
         self.carry_out_all_mapped().await?;
         self.flush_everything().await?;
         self.clean_own_slot().await;
@@ -211,11 +313,11 @@ impl Volume {
 
     pub(crate) fn fail(&self, why: FsError) {
         let leaving = why.is_leaving();
-        let mut failed = self.failed.lock();
-        if failed.is_none() {
-            *failed = Some(why);
-        }
-        drop(failed);
+        self.failed.send_if_modified(|failed| {
+            let first = failed.is_none();
+            failed.get_or_insert(why);
+            first
+        });
         for d in self.domains.lock().values() {
             d.hold.lost();
         }
@@ -224,13 +326,13 @@ impl Volume {
         }
         if !leaving {
             // What it held would stay locked as long as its heart beats: the others must take over.
-            self.node.abandon();
+            self.node.lapse();
         }
     }
 
     /// The reason why nothing can be done any more, if there is one (I12).
     pub(crate) fn check(&self) -> Result<()> {
-        match &*self.failed.lock() {
+        match &*self.failed.borrow() {
             Some(e) => Err(e.clone()),
             None => Ok(()),
         }
@@ -248,8 +350,13 @@ impl Volume {
 
     /// Admits an operation, acquiring the lock if need be (I1).
     pub(crate) async fn enter(&self, hold: &Arc<Hold>, mode: Mode) -> Result<Ticket> {
+        self.enter_with_pages(hold, mode, None).await
+    }
+
+    /// ... that may give the kernel pages of an inode.
+    pub(crate) async fn enter_with_pages(&self, hold: &Arc<Hold>, mode: Mode, pages_of: Option<u64>) -> Result<Ticket> {
         self.check()?;
-        if let Entry::Admitted(t) = self.enter_or_acquire(hold, mode) {
+        if let Entry::Admitted(t) = self.enter_or_acquire(hold, mode, pages_of) {
             return Ok(t);
         }
         let _waiting = hold.waiting();
@@ -260,7 +367,7 @@ impl Volume {
             if let Some(e) = hold.error() {
                 return Some(Err(e));
             }
-            match self.enter_or_acquire(hold, mode) {
+            match self.enter_or_acquire(hold, mode, pages_of) {
                 Entry::Admitted(t) => Some(Ok(t)),
                 _ => None,
             }
@@ -278,8 +385,8 @@ impl Volume {
         }
     }
 
-    fn enter_or_acquire(&self, hold: &Arc<Hold>, mode: Mode) -> Entry {
-        let entry = hold.try_enter(mode);
+    fn enter_or_acquire(&self, hold: &Arc<Hold>, mode: Mode, pages_of: Option<u64>) -> Entry {
+        let entry = hold.try_enter_with_pages(mode, pages_of);
         if let (Entry::Acquire(mode), Some(volume)) = (&entry, self.me.upgrade()) {
             let (mode, hold) = (*mode, hold.clone());
             tokio::spawn(async move { volume.acquire(hold, mode).await });
@@ -334,7 +441,8 @@ impl Volume {
             Err(FsError::NeedSpace(blocks)) => {
                 drop(tx);
                 plan.space_tries += 1;
-                self.find_space(blocks, plan).await?;
+                plan.kept = None;
+                plan.kept = self.find_space(blocks, plan).await?;
                 Ok(None)
             }
             Err(FsError::NeedGroup(group)) => {

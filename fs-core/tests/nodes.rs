@@ -3,7 +3,7 @@
 mod common;
 
 use common::{WHO, dir, disk, file, mount, mount_on};
-use fs_core::{Fallocate, ROOT_INO, Rename, SetAttr, Whence, WriteOptions};
+use fs_core::{Fallocate, FsError, ROOT_INO, Rename, SetAttr, Whence, WriteOptions};
 
 #[tokio::test(start_paused = true)]
 async fn one_node_keeps_what_it_is_told_over_a_remount() {
@@ -129,6 +129,61 @@ async fn a_dead_node_is_recovered_and_what_it_synced_is_there() {
     b.unmount().await.expect("unmount");
 }
 
+/// Postfix, procmail and maildrop sync a message, name it by link or rename, and answer for it without a sync of the directory.
+#[tokio::test(start_paused = true)]
+async fn the_name_that_a_synced_file_gets_first_outlives_the_node() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let a = mount_on(dev.clone(), "a").await;
+    let b = mount(&disk, "b").await;
+    let top = a.mkdir(WHO, ROOT_INO, b"Maildir", dir()).await.expect("mkdir").value.ino;
+    let mut dirs = Vec::new();
+    for name in [&b"tmp"[..], b"new"] {
+        dirs.push(a.mkdir(WHO, top, name, dir()).await.expect("mkdir").value.ino);
+    }
+    dirs.push(a.mkdir(WHO, ROOT_INO, b"a domain of its own", dir()).await.expect("mkdir").value.ino);
+    let [tmp, to @ ..] = &dirs[..] else { panic!("no directories") };
+    let mut named = Vec::new();
+    for new in to {
+        for name in [&b"linked"[..], b"renamed"] {
+            let f = a.mknod(WHO, *tmp, name, file(), true).await.expect("create").value.ino;
+            a.write(f, 0, &[9; 20_000], WriteOptions::default()).await.expect("write");
+            a.fsync(f, false).await.expect("fsync");
+            a.release(f).await;
+            match name {
+                b"linked" => {
+                    let held = a.link(f, *new, name).await.expect("link");
+                    assert!(held.names_synced);
+                    a.commit_name().await.expect("commit");
+                    drop(held);
+                    a.unlink(*tmp, name).await.expect("unlink");
+                }
+                _ => {
+                    let held = a.rename(*tmp, name, *new, name, Rename::Replace).await.expect("rename");
+                    assert!(held.names_synced);
+                    a.commit_name().await.expect("commit");
+                }
+            }
+            named.push((*new, name, f));
+        }
+    }
+    // A second name costs no commit: nobody waits for that.
+    let held = a.rename(to[0], b"renamed", to[0], b"renamed:2,S", Rename::Replace).await.expect("rename");
+    assert!(!held.names_synced);
+    drop(held);
+    dev.crash();
+    for (new, name, f) in named {
+        let seen = b.lookup(new, name).await.expect("lookup").value;
+        let seen = match seen {
+            None if name == b"renamed" && new == to[0] => b.lookup(new, b"renamed:2,S").await.expect("lookup").value,
+            seen => seen,
+        };
+        assert_eq!(seen.expect("there").ino, f);
+        assert_eq!(b.read(f, 0, 1 << 20).await.expect("read").value, [9; 20_000]);
+    }
+    b.unmount().await.expect("unmount");
+}
+
 /// Both nodes hold the file in shared mode when their kernels write mapped pages back: each answer must come at once, and each
 /// page must arrive, in the order in which the node that wrote it sees them.
 #[tokio::test(start_paused = true)]
@@ -160,5 +215,98 @@ async fn pages_of_memory_maps_wait_for_nobody() {
     a.write_mapped(f, 0, vec![77; 4096]).expect("taken");
     a.unmount().await.expect("unmount carries out what waits");
     assert_eq!(b.read(f, 0, 1).await.expect("read").value, [77]);
+    b.unmount().await.expect("unmount");
+}
+
+#[tokio::test(start_paused = true)]
+async fn activity_names_the_directories_that_nodes_pass_to_and_fro() {
+    let disk = disk(64 << 20).await;
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    let top = a.mkdir(WHO, ROOT_INO, b"example.org", dir()).await.expect("mkdir").value.ino;
+    for quiet in ["q1", "q2"] {
+        a.mkdir(WHO, top, quiet.as_bytes(), dir()).await.expect("mkdir");
+    }
+    let busy = a.mkdir(WHO, top, b"anna", dir()).await.expect("mkdir").value.ino;
+    for i in 0..10 {
+        let v = if i % 2 == 0 { &b } else { &a };
+        v.mknod(WHO, busy, format!("m{i}").as_bytes(), file(), false).await.expect("create");
+    }
+    let domain = fs_core::ino_domain(busy);
+    let held = |v: &fs_core::Volume| v.activity().iter().find(|d| d.domain == domain).and_then(|d| d.held);
+    assert_eq!((held(&a), held(&b)), (Some(cluster::Mode::Exclusive), None));
+    for v in [&a, &b] {
+        let device = v.device_stats();
+        let activity = v.activity();
+        assert_eq!(v.device_stats().since(&device).work(), Default::default());
+        let hottest = activity.iter().max_by_key(|d| d.usage.given_up).expect("domains were used");
+        assert_eq!(hottest.domain, domain, "{activity:?}");
+        assert!(hottest.usage.operations >= 5 && hottest.usage.acquired >= 4 && hottest.usage.given_up >= 4);
+        assert_eq!(v.path_of_domain(domain).await.expect("path"), b"/example.org/anna");
+        assert_eq!(v.path_of_domain(fs_core::ino_domain(ROOT_INO)).await.expect("path"), b"/");
+    }
+    a.unmount().await.expect("unmount");
+    b.unmount().await.expect("unmount");
+}
+
+#[tokio::test(start_paused = true)]
+async fn free_space_is_told_right_after_an_unmount_and_a_crash() {
+    let disk = disk(64 << 20).await;
+    let v = mount(&disk, "a").await;
+    let before = v.statfs().await.expect("statfs").free;
+    let f = v.mknod(WHO, ROOT_INO, b"large", file(), false).await.expect("create").value.ino;
+    v.write(f, 0, &vec![1; 8 << 20], WriteOptions::default()).await.expect("write");
+    v.unmount().await.expect("unmount");
+
+    let v = mount(&disk, "a").await;
+    let full = v.statfs().await.expect("statfs").free;
+    assert!((2048..2200).contains(&(before - full)), "{} blocks are in use", before - full);
+    v.unlink(ROOT_INO, b"large").await.expect("unlink");
+    v.unmount().await.expect("unmount");
+
+    let other = mount(&disk, "b").await;
+    let empty = other.statfs().await.expect("statfs").free;
+    assert!(before - empty < 64, "{} blocks did not come back", before - empty);
+    other.unmount().await.expect("unmount");
+}
+
+/// Contents in memory were promised blocks: when another node takes the group that has them, they are still kept.
+#[tokio::test(start_paused = true)]
+async fn what_was_accepted_finds_room_though_another_node_takes_the_groups() {
+    let disk = disk(30 << 20).await;
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    let mut all = Vec::new();
+    let mut refused = [false; 2];
+    for (v, name) in [(&a, "a"), (&b, "b")] {
+        all.push((v, v.mkdir(WHO, ROOT_INO, name.as_bytes(), dir()).await.expect("mkdir").value.ino, Vec::new()));
+    }
+    for n in 0..200u32 {
+        for (i, (v, dir, files)) in all.iter_mut().enumerate() {
+            let Ok(made) = v.mknod(WHO, *dir, format!("f{n}").as_bytes(), file(), false).await.map(|m| m.value.ino)
+            else {
+                refused[i] = true;
+                continue;
+            };
+            let body = vec![n as u8; 100_000 + i * 37];
+            match v.write(made, 0, &body, WriteOptions::default()).await {
+                Ok(_) => files.push((made, body)),
+                Err(FsError::NoSpace) => refused[i] = true,
+                Err(e) => panic!("{e}"),
+            }
+        }
+    }
+    assert_eq!(refused, [true; 2], "the volume is too large for this test");
+    for (v, ..) in &all {
+        v.sync().await.expect("what was accepted is kept");
+    }
+    for (v, dir, files) in all {
+        for (ino, body) in files {
+            assert!(v.read(ino, 0, 1 << 20).await.expect("read").value == body);
+        }
+        let names = v.readdir(dir, 0, 1000, true).await.expect("list").value;
+        for e in names {
+            v.unlink(dir, &e.name).await.expect("deleting works");
+        }
+    }
+    a.unmount().await.expect("unmount");
     b.unmount().await.expect("unmount");
 }

@@ -31,6 +31,22 @@ async fn goes(v: &Arc<Volume>, f: u64) {
     panic!("the unnamed file is still there");
 }
 
+/// What follows a last close is done before the node leaves: afterwards nobody would look for it.
+#[tokio::test(start_paused = true)]
+async fn closed_just_before_an_unmount() {
+    let disk = disk(64 << 20).await;
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.expect("unlink");
+    a.release(f).await;
+    a.unmount().await.expect("unmount");
+    b.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+    let raw: Arc<dyn blockdev::BlockDevice> = disk.open_raw();
+    let report = fs_core::check::check(&raw, None).await.expect("check");
+    assert_eq!((report.orphans, report.files), (0, 0));
+}
+
 #[tokio::test(start_paused = true)]
 async fn unlinked_elsewhere_and_closed() {
     let disk = disk(64 << 20).await;
@@ -99,4 +115,89 @@ async fn cleaning_up_is_handed_on() {
     b.unmount().await.expect("unmount");
     c.unmount().await.expect("unmount");
     check_clean(&disk, 0).await;
+}
+
+/// Free blocks of the volume, once what was freed counts.
+async fn free(v: &Arc<Volume>) -> u64 {
+    v.sync().await.expect("sync");
+    v.statfs().await.expect("statfs").free
+}
+
+/// Waits until the space of the file is back without a look at its directory.
+async fn space_is_back(v: &Arc<Volume>, before: u64) {
+    const ALMOST: u64 = 40;
+    let mut now = 0;
+    for _ in 0..100 {
+        now = free(v).await;
+        if now + ALMOST >= before {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{before} blocks were free, now {now}");
+}
+
+/// Nobody touches the directory any more: the recovery brings the space back.
+#[tokio::test(start_paused = true)]
+async fn the_opener_dies_and_nobody_comes_by() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let (a, b) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await);
+    b.mkdir(WHO, ROOT_INO, b"warm", dir()).await.map(drop).expect("mkdir");
+    a.mkdir(WHO, ROOT_INO, b"warm too", dir()).await.map(drop).expect("mkdir");
+    let before = free(&b).await;
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.map(drop).expect("unlink");
+    assert_eq!(a.read(f, 0, 10).await.expect("open files stay readable").value, [9; 10]);
+    tokio::time::sleep(Duration::from_secs(70)).await;
+    assert_eq!(a.read(f, 0, 10).await.expect("as long as they are open").value, [9; 10]);
+    dev.crash();
+    space_is_back(&b, before).await;
+    b.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_unlinked_has_left_before_the_opener_dies() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let (a, b, c) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await, mount(&disk, "c").await);
+    c.mkdir(WHO, ROOT_INO, b"warm", dir()).await.map(drop).expect("mkdir");
+    let before = free(&c).await;
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.map(drop).expect("unlink");
+    b.unmount().await.expect("unmount");
+    assert_eq!(a.read(f, 0, 10).await.expect("open files stay readable").value, [9; 10]);
+    dev.crash();
+    space_is_back(&c, before).await;
+    c.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn opener_and_unlinker_die_together() {
+    for survivors in [1, 0] {
+        let disk = disk(64 << 20).await;
+        let (dev_a, dev_b) = (disk.open("a"), disk.open("b"));
+        let (a, b) = (mount_on(dev_a.clone(), "a").await, mount_on(dev_b.clone(), "b").await);
+        let mut c = mount(&disk, "c").await;
+        c.mkdir(WHO, ROOT_INO, b"warm", dir()).await.map(drop).expect("mkdir");
+        let before = free(&c).await;
+        let (d, f) = open_file(&a).await;
+        b.unlink(d, b"msg").await.map(drop).expect("unlink");
+        assert_eq!(a.read(f, 0, 10).await.expect("open files stay readable").value, [9; 10]);
+        // One without a name from the start, of the other node.
+        let g = b.tmpfile(WHO, ROOT_INO, file()).await.expect("tmpfile").value.ino;
+        b.write(g, 0, &[8; SIZE], WriteOptions::default()).await.map(drop).expect("write");
+        b.fsync(g, false).await.expect("fsync");
+        dev_a.crash();
+        dev_b.crash();
+        if survivors == 0 {
+            c.unmount().await.expect("unmount");
+            c = mount(&disk, "d").await;
+        }
+        space_is_back(&c, before).await;
+        c.unmount().await.expect("unmount");
+        check_clean(&disk, 0).await;
+    }
 }

@@ -2,10 +2,15 @@
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use fs_core::check::Progress;
 use fsck::exit;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Between two changes of the progress line.
+const BETWEEN: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
     let args = match fsck::parse(std::env::args_os()) {
@@ -20,12 +25,12 @@ fn main() -> ExitCode {
         }
     };
     let terminal = std::io::stderr().is_terminal();
-    let line = ProgressLine::default();
+    let line = ProgressLine::new();
     let show = |p: Progress| line.show(p);
     let outcome = runtime.block_on(async {
         tokio::select! {
             biased;
-            _ = tokio::signal::ctrl_c() => None,
+            () = cancelled() => None,
             r = fsck::run(&args, terminal.then_some(&show as &(dyn Fn(Progress) + Sync))) => Some(r),
         }
     });
@@ -53,23 +58,40 @@ fn main() -> ExitCode {
     fsck::code(&outcome).into()
 }
 
-/// One line on the terminal that overwrites itself; at most one change per percent.
-#[derive(Default)]
+/// One line on the terminal that overwrites itself, a few times a second.
 struct ProgressLine {
-    last: AtomicU64,
+    state: Mutex<(&'static str, Instant, Instant)>,
 }
 
 impl ProgressLine {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { state: Mutex::new(("", now, now)) }
+    }
+
     fn show(&self, p: Progress) {
-        let percent = 100 * p.done / p.total.max(1);
-        let id =
-            (p.phase.len() as u64) << 32 | u64::from(p.phase.as_bytes().first().copied().unwrap_or(0)) << 8 | percent;
-        if self.last.swap(id, Relaxed) != id {
-            eprint!("\r\x1b[K{}: {percent} %", p.phase);
+        let now = Instant::now();
+        let Ok(mut state) = self.state.lock() else { return };
+        let (phase, since, shown) = &mut *state;
+        if *phase != p.phase {
+            (*phase, *since) = (p.phase, now);
+        } else if now - *shown < BETWEEN {
+            return;
         }
+        *shown = now;
+        eprint!("\r\x1b[K{}", fsck::progress_text(&p, now - *since));
     }
 
     fn clear(&self) {
         eprint!("\r\x1b[K");
+    }
+}
+
+/// Ends when the process is asked to.
+async fn cancelled() {
+    let Ok(mut term) = signal(SignalKind::terminate()) else { return std::future::pending().await };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = term.recv() => {}
     }
 }

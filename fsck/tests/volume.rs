@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use blockdev::BlockDevice;
 use blockdev::image::{ImageFile, OpenMode};
+use fs_core::format::superblock::Superblock;
 use fs_core::{
     Atime, Caller, MountConfig, NewNode, NoKernelCache, ROOT_INO, Rename, Time, Volume, WallClock, WriteOptions,
     XattrSet,
@@ -120,6 +121,9 @@ async fn fresh_mounted_used_and_damaged() {
     assert!(text.contains("node 0.1 on mail1 ended without unmounting"), "{text}");
     assert!(text.contains("1 unlinked files wait"), "{text}");
 
+    let bad = dir.path().join("bad-journal");
+    std::fs::copy(&copy, &bad).unwrap();
+    bad_journal(&bad);
     preen(&copy);
     let (code, text) = fsck(&["-p"], &path);
     assert_eq!(code, 8, "a mounted volume is left alone: {text}");
@@ -150,9 +154,67 @@ fn preen(path: &Path) {
     let used = (0..before.len() / 4096).find(|b| before[b * 4096..][..5] == *b"CLFS\x01").unwrap();
     let file = File::options().write(true).open(path).unwrap();
     file.write_at(&[0xff; 8], used as u64 * 4096 + 72).unwrap();
-    let (code, text) = fsck(&["-y"], path);
+    drop(file);
+    let before = std::fs::read(path).unwrap();
+    let (code, text) = fsck(&["-p"], path);
     assert_eq!(code, 4, "{text}");
-    assert!(text.contains("cannot repair the errors above"), "{text}");
+    assert!(text.contains("note: left: domain") && text.contains("run fsck.clusterfs -y"), "{text}");
+    // Only the slots' own records may have changed.
+    let after = std::fs::read(path).unwrap();
+    let differs = before.chunks(4096).zip(after.chunks(4096)).filter(|(a, b)| a != b && a[..4] == *b"CLFS").count();
+    assert_eq!(differs, 0, "-p changed a tree");
+    let (code, text) = fsck(&["-y"], path);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("repaired: domain"), "{text}");
+    let (code, text) = fsck(&["-y"], path);
+    assert_eq!(code, 0, "a second run finds something: {text}");
+}
+
+/// A damaged cell of a volume with plain locks keeps everybody out, fsck's own repairs included, until it is lowered.
+#[tokio::test]
+async fn a_damaged_cell_is_lowered() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("plain");
+    ImageFile::create(&path, SIZE).unwrap();
+    let dev: Arc<dyn BlockDevice> = ImageFile::open(&path, OpenMode::ReadWrite).unwrap();
+    let locks = mkfs::Locks::Plain;
+    let opts = mkfs::FormatOptions { nodes: Some(3), locks, ..mkfs::FormatOptions::seeded(6) };
+    let made = mkfs::format(&dev, &opts, &mut |_| {}).await.unwrap();
+    drop(dev);
+    let v = mount(&path).await;
+    use_volume(&v).await;
+    v.unmount().await.unwrap();
+    drop(v);
+    assert_eq!(fsck(&["-n"], &path).0, 0);
+    let layout = made.superblock.layout().cluster();
+    let cells = layout.plain.unwrap() + 3 * layout.stride;
+    let file = File::options().write(true).open(&path).unwrap();
+    for row in 0..16 {
+        file.write_all_at(b"no cell", cells + (3 * row + 2) * layout.stride).unwrap();
+    }
+    let (code, text) = fsck(&["-n"], &path);
+    assert_eq!(code, 4, "{text}");
+    assert!(text.contains(&format!("cell at byte {}", cells + 2 * layout.stride)), "{text}");
+    let (code, text) = fsck(&["-p"], &path);
+    assert_eq!(code, 1, "{text}");
+    assert_eq!(fsck(&["-p"], &path).0, 0);
+    mount(&path).await.unmount().await.unwrap();
+}
+
+/// A dead node's journal whose header is gone: -p leaves it, -y gives up what it held, once.
+fn bad_journal(path: &Path) {
+    let first = std::fs::read(path).unwrap()[..4096].to_vec();
+    let journal = Superblock::decode(&first).unwrap().layout().journal(0);
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&[0; 8192], journal.offset).unwrap();
+    drop(file);
+    let (code, text) = fsck(&["-p"], path);
+    assert_eq!(code, 4, "{text}");
+    let (code, text) = fsck(&["-y"], path);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("of its records replayed, though"), "{text}");
+    let (code, text) = fsck(&["-y"], path);
+    assert_eq!(code, 0, "a second run finds something: {text}");
 }
 
 /// Bits flipped all over what is in use: never a crash, mostly named.
@@ -181,4 +243,6 @@ fn damage(path: &Path, dir: &Path) {
     let (code, text) = fsck(&["-n"], &copy);
     assert_eq!(code, 4, "{text}");
     assert!(text.contains("truncated"), "{text}");
+    let (code, text) = fsck(&["-y"], &copy);
+    assert_eq!(code, 4, "{text}");
 }

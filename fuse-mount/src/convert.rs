@@ -46,6 +46,32 @@ pub fn attr(a: &Attr) -> fuse_session::Attr {
     }
 }
 
+pub fn statx(a: &Attr) -> fuse_session::Statx {
+    let basic = attr(a);
+    fuse_session::Statx {
+        mask: libc::STATX_BASIC_STATS | libc::STATX_BTIME,
+        blksize: basic.blksize,
+        nlink: basic.nlink,
+        uid: basic.uid,
+        gid: basic.gid,
+        mode: basic.mode,
+        ino: basic.ino,
+        size: basic.size,
+        blocks: basic.blocks,
+        atime: basic.atime,
+        btime: time(a.inode.btime),
+        ctime: basic.ctime,
+        mtime: basic.mtime,
+        rdev: device(basic.rdev),
+        ..fuse_session::Statx::default()
+    }
+}
+
+/// Major and minor number of the 32 bits that the kernel passes at mknod: minor 0-7, major 8-19, minor 20-31.
+fn device(rdev: u32) -> (u32, u32) {
+    (rdev >> 8 & 0xfff, rdev & 0xff | rdev >> 12 & 0xfff00)
+}
+
 pub fn entry(a: &Attr, cacheable: bool) -> EntryOut {
     let valid = valid(cacheable);
     EntryOut {
@@ -55,6 +81,12 @@ pub fn entry(a: &Attr, cacheable: bool) -> EntryOut {
         attr_valid: valid,
         attr: attr(a),
     }
+}
+
+/// Of a name that the kernel has asked to make. It takes the attributes of this reply without a look at what has been
+/// invalidated since it was sent (`fuse_iget` with version 0, as `fuse_do_setattr`, in Linux 6.18): they count for this once.
+pub fn made(a: &Attr, cacheable: bool) -> EntryOut {
+    EntryOut { attr_valid: Duration::ZERO, ..entry(a, cacheable) }
 }
 
 pub fn statfs(s: &StatFs) -> fuse_session::Statfs {
@@ -108,6 +140,16 @@ mod tests {
         assert_eq!(to_ino(1), ROOT_INO);
         assert_eq!(to_nodeid(ROOT_INO), 1);
         assert_eq!(to_ino(to_nodeid(7 << 40 | 3)), 7 << 40 | 3);
+    }
+
+    #[test]
+    fn numbers_of_devices() {
+        assert_eq!(device(0x0103), (1, 3));
+        assert_eq!(device(0xabcd_ef12), (0xdef, 0xabc12));
+        let inode = Inode { mode: 0o020600, rdev: 0x0103, btime: Time { secs: 7, nanos: 8 }, ..Inode::default() };
+        let x = statx(&Attr { ino: 5, inode });
+        assert_eq!((x.rdev, x.btime.sec, x.btime.nsec, x.mode), ((1, 3), 7, 8, 0o020600));
+        assert_ne!(x.mask & libc::STATX_BTIME, 0);
     }
 
     #[test]

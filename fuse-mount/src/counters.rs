@@ -14,6 +14,10 @@ impl Counters {
     pub fn count(&self, op: &Op) {
         *self.0.lock().entry(name(op)).or_default() += 1;
     }
+
+    pub fn by_kind(&self) -> BTreeMap<String, u64> {
+        self.0.lock().iter().map(|(name, count)| ((*name).to_owned(), *count)).collect()
+    }
 }
 
 /// `getattr=12 lookup=3`, by name; kinds that never came are left out.
@@ -31,6 +35,7 @@ fn name(op: &Op) -> &'static str {
     match op {
         Op::Lookup { .. } => "lookup",
         Op::Getattr { .. } => "getattr",
+        Op::Statx { .. } => "statx",
         Op::Setattr(_) => "setattr",
         Op::Readlink => "readlink",
         Op::Symlink { .. } => "symlink",

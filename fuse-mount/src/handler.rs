@@ -4,27 +4,37 @@
 
 use std::sync::Arc;
 use std::task::{Context, Waker};
+use std::time::Duration;
 
-use fs_core::{Attr, Caller, Fallocate, FsError, Leased, NewNode, Rename, Volume, Whence, WriteOptions, XattrSet};
-use fuse_session::abi::{FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, WRITE_CACHE, WRITE_KILL_SUIDGID};
+use fs_core::{Attr, Caller, Fallocate, FsError, Leased, NewNode, ROOT_INO, Rename, Volume};
+use fs_core::{Whence, WriteOptions, XattrSet};
+use fuse_session::abi::{FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, WRITE_CACHE, WRITE_KILL_SUIDGID};
 use fuse_session::{EntryOut, Forget, Handler, InitConfig, InitFlags, InitRequest, Negotiated, Op, Reply, Request};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::convert::{self, to_ino, valid};
 use crate::counters::Counters;
 use crate::errno::{errno, is_fault};
+use crate::file_locks::{self, LockRequest};
+use crate::interrupt::{Interrupt, manner};
 use crate::kernel_cache::KnownInodes;
 use crate::listing;
+use crate::membership::{Membership, Pass, epoch_of};
+use crate::report::{self, Reporter};
 
 const XATTR_SPACES: [&[u8]; 4] = [b"user.", b"trusted.", b"security.", b"system.posix_acl_"];
 
 /// Serves one mount.
 pub struct Server {
-    pub volume: Arc<Volume>,
+    pub membership: Arc<Membership>,
     pub known: Arc<KnownInodes>,
     pub counters: Arc<Counters>,
+    pub reporter: Arc<Reporter>,
     pub runtime: Handle,
+    /// Whether to ask for requests through io_uring.
+    pub io_uring: bool,
     /// Told when the kernel has begun to use the mount.
     pub ready: Arc<Notify>,
 }
@@ -42,25 +52,51 @@ impl Handler for Server {
             | InitFlags::DONT_MASK
             | InitFlags::CACHE_SYMLINKS
             | InitFlags::ATOMIC_O_TRUNC
-            | InitFlags::EXPLICIT_INVAL_DATA
             | InitFlags::HANDLE_KILLPRIV_V2
             | InitFlags::DIRECT_IO_ALLOW_MMAP
+            | InitFlags::POSIX_LOCKS
+            | InitFlags::FLOCK_LOCKS
             | InitFlags::INIT_EXT;
+        let flags = if self.io_uring { flags | InitFlags::OVER_IO_URING } else { flags };
         InitConfig { flags, ..InitConfig::default() }
     }
 
-    fn initialized(&self, _holds: &Negotiated) {
+    fn initialized(&self, holds: &Negotiated) {
+        if self.io_uring {
+            let used = holds.flags.contains(InitFlags::OVER_IO_URING);
+            tracing::info!("requests come through {}", if used { "io_uring" } else { "/dev/fuse: no io_uring" });
+        }
         self.ready.notify_one();
     }
 
     fn request(&self, request: Request, reply: Reply) {
         self.counters.count(&request.op);
-        let job = Job { volume: self.volume.clone(), known: self.known.clone() };
-        let mut serving = Box::pin(job.serve(request, reply));
+        let Some(reply) = self.known.helper.answer(&request, reply) else { return };
+        let (membership, known, reporter) = (self.membership.clone(), self.known.clone(), self.reporter.clone());
+        let (since, manner, thread) = (Instant::now(), manner(&request.op), request.pid);
+        let (interrupt, interrupts) = (Interrupt::default(), reply.interrupt_handle());
+        let interrupted = interrupt.clone();
+        let mut serving = Box::pin(async move {
+            match membership.admit(&request.op, &interrupted).await {
+                Ok(pass) if report::is_asked(&request) => reporter.answer(&pass.volume, &request, reply).await,
+                Ok(pass) => Job { volume: pass.volume.clone(), known, pass }.serve(request, reply, &interrupted).await,
+                Err(errno) => drop(reply.err(errno)),
+            }
+        });
         // Most requests need nothing but memory: they are answered here, without waking another thread.
         let _spawns_work = self.runtime.enter();
         if serving.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
-            self.runtime.spawn(serving);
+            if let Some(interrupts) = interrupts {
+                interrupt.listen(&interrupts);
+            }
+            self.runtime.spawn(async move {
+                tokio::select! {
+                    biased;
+                    () = serving => {}
+                    // Dropped where it waits: nothing is done, and the reply says EINTR.
+                    () = interrupt.gives_up(manner, thread, since) => {}
+                }
+            });
         }
     }
 
@@ -75,19 +111,49 @@ impl Handler for Server {
 pub(crate) struct Job {
     pub volume: Arc<Volume>,
     pub known: Arc<KnownInodes>,
+    /// Last: the membership ends when all that was done in it has been let go.
+    pub pass: Pass,
+}
+
+/// An open that is taken back if nobody gets it.
+struct Opened<'a> {
+    volume: &'a Arc<Volume>,
+    ino: u64,
+}
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        let (volume, ino) = (self.volume.clone(), self.ino);
+        tokio::spawn(async move { volume.release(ino).await });
+    }
 }
 
 type Result<T> = std::result::Result<T, FsError>;
 
 impl Job {
-    async fn serve(self, q: Request, reply: Reply) {
+    async fn serve(self, q: Request, reply: Reply, interrupt: &Interrupt) {
         let ino = to_ino(q.nodeid);
         let who = Caller { uid: q.uid, gid: q.gid };
         let v = &self.volume;
+        if self.means_stale(ino, &q.op) {
+            let ends = matches!(q.op, Op::Release { .. } | Op::Releasedir { .. });
+            let _taken = if ends { reply.ok() } else { reply.err(libc::ESTALE) };
+            return;
+        }
+        if self.pass.membership.losses.lost_lock(&q.op, ino) {
+            reply.err(libc::EIO);
+            return;
+        }
+        self.pass.membership.losses.note(&q.op, ino, q.pid);
         match q.op {
             Op::Lookup { name } => self.lookup(ino, &name, reply).await,
-            Op::Getattr { .. } => self.attr(v.getattr(ino).await, reply),
-            Op::Setattr(set) => self.attr(v.setattr(ino, convert::set_attr(&set)).await, reply),
+            Op::Getattr { .. } => self.attr(self.attr_in_step(ino).await, reply),
+            Op::Statx { .. } => self.statx(self.attr_in_step(ino).await, reply),
+            Op::Setattr(set) => {
+                // See convert::made.
+                let set = v.setattr(ino, convert::set_attr(&set)).await;
+                self.attributes(set, reply, |reply, held| reply.attr(Duration::ZERO, &convert::attr(&held.value)));
+            }
             Op::Readlink => answer(v.readlink(ino).await, reply, |r, target| r.readlink(target)),
             Op::Symlink { name, target } => self.entry(v.symlink(who, ino, &name, &target).await, reply),
             Op::Mknod { name, mode, rdev, umask } => {
@@ -101,10 +167,16 @@ impl Job {
             Op::Unlink { name } => done(v.unlink(ino, &name).await, reply),
             Op::Rmdir { name } => done(v.rmdir(ino, &name).await, reply),
             Op::Rename { name, newdir, newname, flags } => match rename_kind(flags) {
-                Some(how) => done(v.rename(ino, &name, to_ino(newdir), &newname, how).await, reply),
+                Some(how) => {
+                    let renamed = v.rename(ino, &name, to_ino(newdir), &newname, how).await;
+                    done(self.with_name(renamed).await, reply);
+                }
                 None => fail(&FsError::Invalid, reply),
             },
-            Op::Link { oldnode, newname } => self.entry(v.link(to_ino(oldnode), ino, &newname).await, reply),
+            Op::Link { oldnode, newname } => {
+                let linked = v.link(to_ino(oldnode), ino, &newname).await;
+                self.entry(self.with_name(linked).await, reply);
+            }
             Op::Open { flags, .. } => self.open(ino, flags, reply).await,
             Op::Create { name, flags, mode, umask, .. } => {
                 self.create(who, ino, &name, flags, NewNode { mode, umask, rdev: 0 }, reply).await;
@@ -113,7 +185,13 @@ impl Job {
                 let made = v.tmpfile(who, ino, NewNode { mode, umask, rdev: 0 }).await;
                 self.created(made, flags, reply).await;
             }
-            Op::Read { offset, size, .. } => answer(v.read(ino, offset, size).await, reply, |r, data| r.data(data)),
+            Op::Read { offset, size, lock_owner, .. } => {
+                // Before it is read: a write that comes in between must find it. Only reads around the cache have an owner.
+                if lock_owner.is_none() {
+                    self.known.pages_given(ino);
+                }
+                answer(v.read(ino, offset, size).await, reply, |r, data| r.data(data));
+            }
             Op::Write { offset, write_flags, data, .. } if write_flags & WRITE_CACHE != 0 => {
                 let len = data.len() as u32;
                 match v.write_mapped(ino, offset, data.to_vec()) {
@@ -127,23 +205,49 @@ impl Job {
                     kill_suid: write_flags & WRITE_KILL_SUIDGID != 0,
                     within_size: false,
                 };
-                self.write(ino, offset, &data, how, reply).await;
+                self.write(ino, offset, &data, how, flags & libc::O_DSYNC as u32 != 0, reply).await;
             }
             Op::Statfs => match v.statfs().await {
                 Ok(s) => drop(reply.statfs(&convert::statfs(&s))),
                 Err(e) => fail(&e, reply),
             },
-            Op::Release { .. } | Op::Releasedir { .. } => {
+            Op::Release { fh, flock_release, .. } => {
+                file_locks::released(v, &self.pass.membership.locked_through, ino, fh, flock_release).await;
                 v.release(ino).await;
                 reply.ok();
             }
-            Op::Fsync { datasync, .. } | Op::Fsyncdir { datasync, .. } => plain(v.fsync(ino, datasync).await, reply),
+            Op::Releasedir { .. } => {
+                v.release(ino).await;
+                reply.ok();
+            }
+            Op::Fsync { fh, datasync } | Op::Fsyncdir { fh, datasync } => {
+                self.fsync(ino, fh, datasync, q.pid, reply).await
+            }
             Op::Syncfs => plain(v.sync().await, reply),
-            Op::Flush { .. } => plain(v.flush_mapped(ino).await, reply),
+            Op::Flush { lock_owner, .. } => {
+                self.pass.membership.locked_through.closed(ino, lock_owner);
+                file_locks::closed(v, ino, lock_owner).await;
+                tokio::select! {
+                    biased;
+                    flushed = v.flush_mapped(ino) => plain(flushed, reply),
+                    () = interrupt.came() => drop(reply.err(libc::EINTR)),
+                }
+            }
+            Op::Getlk { fh, owner, lock, flock } => {
+                self.getlk(LockRequest { ino, handle: fh, owner, lock, flock }, reply).await;
+            }
+            Op::Setlk { fh, owner, lock, flock } => {
+                let q = LockRequest { ino, handle: fh, owner, lock, flock };
+                self.setlk(q, false, reply, interrupt).await;
+            }
+            Op::Setlkw { fh, owner, lock, flock } => {
+                let q = LockRequest { ino, handle: fh, owner, lock, flock };
+                self.setlk(q, true, reply, interrupt).await;
+            }
             Op::Opendir { .. } => match v.open(ino, false).await {
                 Ok(held) => {
                     self.known.open_check(ino);
-                    self.opened(ino, reply.open(0, 0)).await;
+                    self.opened(ino, reply.open(self.pass.handle(), 0)).await;
                     drop(held);
                 }
                 Err(e) => fail(&e, reply),
@@ -175,11 +279,41 @@ impl Job {
         }
     }
 
+    fn means_stale(&self, ino: u64, op: &Op) -> bool {
+        let second = match op {
+            Op::Rename { newdir, .. } => Some(*newdir),
+            Op::Link { oldnode, .. } => Some(*oldnode),
+            _ => None,
+        };
+        self.known.is_stale(ino) || second.is_some_and(|nodeid| self.known.is_stale(to_ino(nodeid)))
+    }
+
     async fn lookup(&self, parent: u64, name: &[u8], reply: Reply) {
-        match self.volume.lookup(parent, name).await {
+        let found = match self.volume.lookup(parent, name).await {
+            Ok(held) => match held.value.as_ref().filter(|a| self.must_learn(a)).map(|a| a.ino) {
+                Some(ino) => {
+                    drop(held);
+                    self.look_up_grown(parent, name, ino).await
+                }
+                None => Ok(held),
+            },
+            e => e,
+        };
+        match found {
             Ok(held) => self.looked_up(held, reply),
             Err(e) => fail(&e, reply),
         }
+    }
+
+    /// The name meant a file that has grown, and does so or means another by now.
+    async fn look_up_grown(&self, parent: u64, name: &[u8], ino: u64) -> Result<Leased<Option<Attr>>> {
+        let learned = self.attr_in_step(ino).await;
+        let again = self.volume.lookup(parent, name).await?;
+        let grows = again.value.as_ref().is_some_and(|a| a.ino == ino && self.must_learn(a));
+        Ok(match learned {
+            Ok(learned) if grows => Leased::past(Some(learned.value)),
+            _ => again,
+        })
     }
 
     fn looked_up(&self, held: Leased<Option<Attr>>, reply: Reply) {
@@ -192,24 +326,44 @@ impl Job {
     /// Counts the entry before the kernel has it: a revocation in between must find it.
     pub(crate) fn give_entry(&self, e: &EntryOut, send: impl FnOnce(&EntryOut) -> bool) {
         let ino = to_ino(e.nodeid);
-        self.known.looked_up(ino);
+        self.known.looked_up(ino, e.generation, e.attr.size);
         if !send(e) {
             self.known.forgotten(ino, 1);
         }
     }
 
+    /// The name of a file that was synced is durable before it is told.
+    async fn with_name<T>(&self, named: Result<Leased<T>>) -> Result<Leased<T>> {
+        if named.as_ref().is_ok_and(|held| held.names_synced) {
+            self.volume.commit_name().await?;
+        }
+        named
+    }
+
     fn entry(&self, made: Result<Leased<Attr>>, reply: Reply) {
         match made {
-            Ok(held) => self.give_entry(&convert::entry(&held.value, held.cacheable), |e| reply.entry(e)),
+            Ok(held) => self.give_entry(&convert::made(&held.value, held.cacheable), |e| reply.entry(e)),
             Err(e) => fail(&e, reply),
         }
     }
 
     fn attr(&self, got: Result<Leased<Attr>>, reply: Reply) {
+        self.attributes(got, reply, |reply, held| reply.attr(valid(held.cacheable), &convert::attr(&held.value)));
+    }
+
+    /// What the kernel asks for when somebody wants the time of birth.
+    fn statx(&self, got: Result<Leased<Attr>>, reply: Reply) {
+        self.attributes(got, reply, |reply, held| reply.statx(valid(held.cacheable), &convert::statx(&held.value)));
+    }
+
+    fn attributes(&self, got: Result<Leased<Attr>>, reply: Reply, send: impl FnOnce(Reply, &Leased<Attr>) -> bool) {
         match got {
+            // The directory that the kernel means is gone, its domain's number means another one.
+            Ok(held) if !self.known.attributes_given(held.value.ino, held.value.inode.generation) => {
+                let _taken = reply.err(libc::ESTALE);
+            }
             Ok(held) => {
-                self.known.attributes_given(held.value.ino);
-                reply.attr(valid(held.cacheable), &convert::attr(&held.value));
+                send(reply, &held);
             }
             Err(e) => fail(&e, reply),
         }
@@ -220,7 +374,7 @@ impl Job {
         match self.volume.open(ino, truncate).await {
             Ok(held) => {
                 self.known.open_check(ino);
-                self.opened(ino, reply.open(0, open_flags(flags))).await;
+                self.opened(ino, reply.open(self.pass.handle(), open_flags(flags))).await;
                 drop(held);
             }
             Err(e) => fail(&e, reply),
@@ -256,22 +410,19 @@ impl Job {
         }
         // No lease is kept over the next call: it would wait for a revocation that waits for this lease.
         drop(self.volume.open(found.ino, flags & libc::O_TRUNC as u32 != 0).await?);
-        match self.volume.getattr(found.ino).await {
-            Ok(held) => Ok(held),
-            Err(e) => {
-                self.volume.release(found.ino).await;
-                Err(e)
-            }
-        }
+        let opened = Opened { volume: &self.volume, ino: found.ino };
+        let held = self.volume.getattr(found.ino).await?;
+        std::mem::forget(opened);
+        Ok(held)
     }
 
     async fn created(&self, made: Result<Leased<Attr>>, flags: u32, reply: Reply) {
         match made {
             Ok(held) => {
-                let e = convert::entry(&held.value, held.cacheable);
+                let e = convert::made(&held.value, held.cacheable);
                 let mut taken = false;
                 self.give_entry(&e, |e| {
-                    taken = reply.create(e, 0, open_flags(flags));
+                    taken = reply.create(e, self.pass.handle(), open_flags(flags));
                     taken
                 });
                 self.opened(held.value.ino, taken).await;
@@ -280,18 +431,51 @@ impl Job {
         }
     }
 
-    async fn write(&self, ino: u64, offset: u64, data: &[u8], how: WriteOptions, reply: Reply) {
-        match self.volume.write(ino, offset, data, how).await {
-            Ok(held) => {
-                reply.write(data.len() as u32);
-                if held.value != offset {
-                    // The kernel filed an append under the end of the file as it knew it.
-                    let known = self.known.clone();
-                    tokio::task::spawn_blocking(move || known.drop_pages(ino));
-                }
-            }
-            Err(e) => fail(&e, reply),
+    /// `durable`: O_SYNC, O_DSYNC, and the flags of pwritev2 that mean the same (O_SYNC includes O_DSYNC). The kernel sends no
+    /// fsync after a write around its page cache, it leaves that to us.
+    async fn write(&self, ino: u64, offset: u64, data: &[u8], how: WriteOptions, durable: bool, reply: Reply) {
+        let held = match self.volume.write(ino, offset, data, how).await {
+            Ok(held) => held,
+            Err(e) => return fail(&e, reply),
+        };
+        // The kernel dropped the pages of the range before it asked: what was read in since is old. And it filed an append
+        // under the end of the file as it knew it.
+        let pages = match held.value == offset {
+            true => self.known.may_have_pages(ino).then_some((offset as i64, data.len() as i64)),
+            false => Some((0, 0)),
+        };
+        let mut held = Some(held);
+        if durable || pages.is_some() {
+            // No lease is kept over these: a sync may wait for a revocation, as may a READ that keeps a page locked, and the
+            // revocation waits for the lease.
+            held = None;
         }
+        if let Some((first, len)) = pages {
+            self.drop_pages(ino, first, len).await;
+        }
+        if durable && let Err(e) = self.volume.fsync(ino, true).await {
+            return fail(&e, reply);
+        }
+        // After that: whoever waits for the writer finds what was written.
+        reply.write(data.len() as u32);
+        drop(held);
+    }
+
+    async fn fsync(&self, ino: u64, handle: u64, data_only: bool, thread: u32, reply: Reply) {
+        let losses = &self.pass.membership.losses;
+        if losses.tell(ino, epoch_of(handle), thread) {
+            reply.err(libc::EIO);
+            return;
+        }
+        // The kernel tells us nothing of sync and syncfs: fsync of the root does what they should.
+        let result = match ino {
+            ROOT_INO => self.volume.sync().await,
+            _ => self.volume.fsync(ino, data_only).await,
+        };
+        if result.is_ok() {
+            losses.durable(ino, thread);
+        }
+        plain(result, reply);
     }
 
     async fn seek(&self, ino: u64, offset: u64, whence: u32, reply: Reply) {
@@ -326,7 +510,7 @@ fn done(r: Result<Leased<()>>, reply: Reply) {
     answer(r, reply, |reply, ()| reply.ok());
 }
 
-fn plain(r: Result<()>, reply: Reply) {
+pub(crate) fn plain(r: Result<()>, reply: Reply) {
     match r {
         Ok(()) => drop(reply.ok()),
         Err(e) => fail(&e, reply),
@@ -335,12 +519,11 @@ fn plain(r: Result<()>, reply: Reply) {
 
 /// Pages stay valid over an open: a revocation drops them. Who may write goes around the page cache: a write through it
 /// keeps its page locked until it is answered, which waits for the exclusive mode, while a revocation of the shared mode
-/// waits for the page. It also lets us say where an append ends up, not the size that the kernel knows. Only a descriptor
-/// that reads and writes can have a map to be flushed at its close.
+/// waits for the page. It also lets us say where an append ends up, not the size that the kernel knows. Every close is to be
+/// told: it ends the locks of its process.
 fn open_flags(flags: u32) -> u32 {
     match (flags & libc::O_ACCMODE as u32) as i32 {
-        libc::O_RDONLY => FOPEN_KEEP_CACHE | FOPEN_NOFLUSH,
-        libc::O_WRONLY => FOPEN_KEEP_CACHE | FOPEN_NOFLUSH | FOPEN_DIRECT_IO,
+        libc::O_RDONLY => FOPEN_KEEP_CACHE,
         _ => FOPEN_KEEP_CACHE | FOPEN_DIRECT_IO,
     }
 }
@@ -374,7 +557,7 @@ fn fallocate_kind(mode: u32) -> Option<Fallocate> {
 }
 
 fn stored(name: &[u8]) -> bool {
-    XATTR_SPACES.iter().any(|s| name.starts_with(s))
+    XATTR_SPACES.iter().any(|s| name.starts_with(s)) && !name.starts_with(report::RESERVED)
 }
 
 fn listed(names: &[Vec<u8>]) -> Vec<u8> {

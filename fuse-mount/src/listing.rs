@@ -69,10 +69,11 @@ pub async fn readdirplus(job: &Job, ino: u64, offset: u64, size: u32, reply: Rep
     let mut given: Vec<u64> = Vec::new();
     for e in &held.value {
         // Without attributes the kernel takes the name only, and looks it up when it is used.
-        let entry = e.attr.as_ref().map_or_else(EntryOut::default, |a| convert::entry(a, held.cacheable));
+        let told = e.attr.as_ref().filter(|a| !job.must_learn(a));
+        let entry = told.map_or_else(EntryOut::default, |a| convert::entry(a, held.cacheable));
         if entry.nodeid != 0 {
             given.push(to_ino(entry.nodeid));
-            job.known.looked_up(to_ino(entry.nodeid));
+            job.known.looked_up(to_ino(entry.nodeid), entry.generation, entry.attr.size);
         }
         if !buf.push(&entry, e.ino, e.cookie, e.file_type, &e.name) {
             if entry.nodeid != 0 {

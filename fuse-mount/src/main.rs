@@ -1,5 +1,6 @@
 //! `mount.clusterfs`: see mount.clusterfs(8). Exit statuses are those of mount(8).
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -7,6 +8,7 @@ use clap::error::ErrorKind;
 use fuse_mount::daemon::{Forked, Syslog, detach, fork};
 use fuse_mount::mount::{Error, serve};
 use fuse_mount::options::{Cli, Options};
+use fuse_mount::wake::helper;
 
 /// Blocks are 4096 bytes at multiples of 4096: the C library's allocator spends twice as much memory on each.
 #[global_allocator]
@@ -17,6 +19,10 @@ const SYSTEM: u8 = 2;
 const FAILED: u8 = 32;
 
 fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|a| a == helper::ARGUMENT) {
+        return helper::run(args);
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
@@ -53,7 +59,11 @@ fn log_filter(options: &Options) -> tracing_subscriber::EnvFilter {
 }
 
 fn foreground(cli: &Cli, options: &Options) -> ExitCode {
-    tracing_subscriber::fmt().with_env_filter(log_filter(options)).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(log_filter(options))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     match serve(&cli.device, &cli.dir, options, || ()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => complain(&of_device(&cli.device, &e), FAILED),

@@ -1,14 +1,15 @@
 //! From a device's name to a served mount point, and back.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use blockdev::BlockDevice;
-use blockdev::image::{ImageFile, OpenError, OpenMode};
+use blockdev::open::{NameError, User, is_iscsi, open};
 use cluster::HintNet;
 use cluster::udp::UdpHints;
-use fs_core::{MountConfig, MountError, Volume, read_superblock};
+use fs_core::{MountConfig, MountError, Volume, read_superblock, refuse_unclean};
 use fuse_session::{MountSpec, Session, UnmountMode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
@@ -17,21 +18,27 @@ use crate::convert::HostClock;
 use crate::counters::Counters;
 use crate::handler::Server;
 use crate::kernel_cache::{KernelView, KnownInodes};
+use crate::membership::Membership;
 use crate::options::{Hints, Options};
+use crate::report::Reporter;
+use crate::wake::Waker;
 
 /// Threads that read requests. They only hand them on.
 const READERS: usize = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(
-        "iSCSI devices are not supported by this build: log in with the kernel's initiator and name the block device"
-    )]
-    Iscsi,
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(#[from] NameError),
+    #[error(
+        "{host} has it mounted, or another host: this kind of device cannot keep hosts apart (see docs/SAN.md). Name an iSCSI disk \
+         as iscsi://HOST/TARGET/LUN, make the volume with mkfs.clusterfs --locks=plain, or use one host"
+    )]
+    OtherHost { host: String },
     #[error(transparent)]
     Volume(#[from] MountError),
+    #[error(transparent)]
+    Cluster(#[from] cluster::ClusterError),
     #[error(transparent)]
     Mount(#[from] fuse_session::MountError),
     #[error(transparent)]
@@ -48,7 +55,12 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
     let dir = std::fs::canonicalize(dir)
         .map_err(|source| std::io::Error::new(source.kind(), format!("{}: {source}", dir.display())))?;
     let known = Arc::new(KnownInodes::default());
-    let volume = runtime.block_on(open_volume(device, options, known.clone()))?;
+    let volume = runtime.block_on(async {
+        if options.read_only {
+            refuse_unclean(open_device(device, options).await?.as_ref()).await?;
+        }
+        open_volume(device, options, known.clone()).await
+    })?;
     let mut spec = MountSpec::new(device, "clusterfs", &dir);
     // The kernel need not doubt access times: the volume keeps them.
     spec.flags = options.flags | libc::MS_NOATIME;
@@ -64,23 +76,50 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
     let begun = Arc::new(Notify::new());
     let counters = Arc::new(Counters::default());
     let (ready_to, on) = (begun.clone(), runtime.handle().clone());
-    let server = Server { volume: volume.clone(), known, counters: counters.clone(), runtime: on, ready: ready_to };
+    let membership = Membership::new(volume, known.clone());
+    let server = Server {
+        membership: membership.clone(),
+        known: known.clone(),
+        counters: counters.clone(),
+        reporter: Arc::new(Reporter::new(device, counters.clone())),
+        runtime: on,
+        io_uring: options.io_uring,
+        ready: ready_to,
+    };
     let serving = {
         let session = session.clone();
         std::thread::Builder::new().name("fuse".into()).spawn(move || session.run(Arc::new(server), READERS))?
     };
     runtime.spawn(unmount_on_signal(session.clone()));
     runtime.spawn(tell_on_signal(counters));
+    let keeping = {
+        let (device, options, known) = (device.to_string(), options.clone(), known.clone());
+        runtime.spawn(membership.clone().keep(move || {
+            let (device, options, known) = (device.clone(), options.clone(), known.clone());
+            async move { open_volume(&device, &options, known).await }
+        }))
+    };
     runtime.block_on(begun.notified());
+    // Without it the mount works, but those who wait for changes have to look by themselves.
+    let waker =
+        Waker::start(known, &dir).inspect_err(|e| tracing::warn!("inotify tells of no other node's changes: {e}"));
     ready();
     let served = serving.join().map_err(|_| std::io::Error::other("the thread that serves the kernel panicked"))?;
-    let left = runtime.block_on(volume.unmount());
+    keeping.abort();
+    drop(waker);
+    let left = runtime.block_on(async {
+        let lapsed = fs_core::FsError::Cluster(cluster::ClusterError::Lapsed);
+        match membership.volume() {
+            Some(volume) => volume.unmount().await,
+            None => Err(lapsed),
+        }
+    });
     served?;
     left.map_err(Error::Leave)
 }
 
 async fn open_volume(device: &str, options: &Options, known: Arc<KnownInodes>) -> Result<Arc<Volume>, Error> {
-    let dev = open_device(device).await?;
+    let dev = open_device(device, options).await?;
     let cfg = MountConfig {
         device: dev,
         net: hint_net(device, options.hints).await,
@@ -96,20 +135,25 @@ async fn open_volume(device: &str, options: &Options, known: Arc<KnownInodes>) -
     Ok(Volume::mount(cfg).await?)
 }
 
-async fn open_device(device: &str) -> Result<Arc<dyn BlockDevice>, Error> {
-    if device.starts_with("iscsi://") {
-        return Err(Error::Iscsi);
-    }
-    let dev = ImageFile::open(device, OpenMode::ReadWrite)?;
-    match read_superblock(dev.as_ref()).await {
+async fn open_device(device: &str, options: &Options) -> Result<Arc<dyn BlockDevice>, Error> {
+    let name = Path::new(device);
+    let dev = open(name, User::Node, None, &options.iscsi).await?;
+    let superblock = match read_superblock(dev.as_ref()).await {
         // The image was moved to a filesystem that wants larger sectors: go through its page cache.
-        Err(MountError::SectorSize { volume, .. }) => {
+        Err(MountError::SectorSize { volume, .. }) if !is_iscsi(name) => {
             drop(dev);
-            Ok(ImageFile::open_with_sector_size(device, OpenMode::ReadWrite, volume)?)
+            return Ok(open(name, User::Node, Some(volume), &options.iscsi).await?);
         }
-        Err(e) => Err(e.into()),
-        Ok(_) => Ok(dev),
+        superblock => superblock?,
+    };
+    let caw = !superblock.plain_locks();
+    if caw && std::fs::metadata(name).is_ok_and(|m| m.file_type().is_block_device()) {
+        let watch = superblock.timeouts.heartbeat() * 5 / 2;
+        if let Some(host) = cluster::foreign_node(dev.as_ref(), &superblock.layout().cluster(), watch).await? {
+            return Err(Error::OtherHost { host });
+        }
     }
+    Ok(dev)
 }
 
 async fn hint_net(device: &str, hints: Hints) -> Option<Arc<dyn HintNet>> {

@@ -10,7 +10,7 @@ use fs_core::{Atime, MountConfig};
 #[derive(Parser, Debug)]
 #[command(name = "mount.clusterfs", version, about, disable_version_flag = false)]
 pub struct Cli {
-    /// Image file or block device
+    /// Image file, block device or iscsi://[USER@]HOST[:PORT]/TARGET/LUN
     pub device: String,
     /// Mount point
     pub dir: PathBuf,
@@ -55,7 +55,9 @@ pub struct Options {
     pub cache_bytes: usize,
     pub dirty_bytes: usize,
     pub hints: Hints,
+    pub io_uring: bool,
     pub host: Option<String>,
+    pub iscsi: blockdev::iscsi::Settings,
     pub log: Option<String>,
 }
 
@@ -90,7 +92,9 @@ impl Options {
             cache_bytes: MountConfig::DEFAULT_CACHE_BYTES,
             dirty_bytes: MountConfig::DEFAULT_DIRTY_BYTES,
             hints: Hints::Auto,
+            io_uring: false,
             host: None,
+            iscsi: Default::default(),
             log: cli.verbose.then(|| "info".to_string()),
         };
         for option in cli.options.iter().flat_map(|o| o.split(',')).filter(|o| !o.is_empty()) {
@@ -116,9 +120,13 @@ impl Options {
             ("dirsync", None) => self.flags |= libc::MS_DIRSYNC,
             ("cache", Some(v)) => self.cache_bytes = size(name, v)?,
             ("dirty", Some(v)) => self.dirty_bytes = size(name, v)?,
+            ("io_uring", None) => self.io_uring = true,
+            ("noio_uring", None) => self.io_uring = false,
             ("nohints", None) => self.hints = Hints::Off,
             ("hints", Some(v)) => self.hints = Hints::At(address(v)?),
             ("host", Some(v)) if !v.is_empty() && v.len() <= 64 => self.host = Some(v.to_string()),
+            ("initiator", Some(v)) if !v.is_empty() => self.iscsi.initiator = Some(v.to_string()),
+            ("secrets", Some(v)) if !v.is_empty() => self.iscsi.secrets = Some(v.into()),
             ("log", Some(v)) => self.log = Some(v.to_string()),
             (n, None) if FOR_OTHERS.contains(&n) => {}
             (n, _) if n.starts_with("x-") || n.starts_with("X-") || n == "comment" => {}
@@ -165,6 +173,7 @@ mod tests {
         let o =
             parse(&["-o", "rw,_netdev,nofail,x-systemd.automount,noatime,nosuid", "-o", "cache=32M"]).expect("options");
         assert_eq!((o.read_only, o.atime, o.cache_bytes, o.flags), (false, Atime::Never, 32 << 20, libc::MS_NOSUID));
+        assert!(!o.io_uring && parse(&["-o", "io_uring"]).expect("options").io_uring);
         assert!(parse(&["-r"]).expect("options").read_only);
         assert!(parse(&["-o", "ro"]).expect("options").flags & libc::MS_RDONLY != 0);
     }

@@ -131,6 +131,15 @@ pub(crate) const EXT_GROUPS: u32 = 32;
 /// `_IOR(229, 0, u32)`: attach a freshly opened /dev/fuse to an existing connection.
 pub(crate) const DEV_IOC_CLONE: u64 = 0x8004_e500;
 
+/// Commands of io_uring on /dev/fuse.
+pub(crate) const URING_REGISTER: u32 = 1;
+pub(crate) const URING_COMMIT_AND_FETCH: u32 = 2;
+/// The headers of a ring entry: those of request or answer, then the first argument of the request, then 32 bytes of
+/// which commit id 8 is at 8 and payload size 4 at 16.
+pub(crate) const URING_HEADERS_LEN: usize = URING_ENTRY_AT + 32;
+pub(crate) const URING_OP_AT: usize = 128;
+pub(crate) const URING_ENTRY_AT: usize = 256;
+
 /// Length of [`InHeader`] on the wire.
 pub(crate) const IN_HEADER_LEN: usize = 40;
 /// Length of the fixed part of a WRITE request, so that header plus this is where the payload starts.

@@ -15,6 +15,11 @@ pub trait Channel: Send + Sync {
 
     /// Where the requests of this channel are registered.
     fn interrupts(&self) -> &InterruptTable;
+
+    /// Whether the kernel may not tell of a signal to the thread that waits for the answer.
+    fn may_miss_signals(&self) -> bool {
+        false
+    }
 }
 
 /// `writev` takes this many parts at most.
@@ -34,6 +39,10 @@ impl Device {
 
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    pub(crate) fn shared_interrupts(&self) -> &Arc<InterruptTable> {
+        &self.interrupts
     }
 
     /// Whether the kernel still has a filesystem behind this device.

@@ -39,10 +39,11 @@ impl InitFlags {
     pub const HAS_EXPIRE_ONLY: InitFlags = InitFlags(1 << 35);
     pub const DIRECT_IO_ALLOW_MMAP: InitFlags = InitFlags(1 << 36);
     pub const NO_EXPORT_SUPPORT: InitFlags = InitFlags(1 << 38);
+    pub const OVER_IO_URING: InitFlags = InitFlags(1 << 41);
 
     /// Everything that a handler may ask for. Left out because they change the wire format or the transport in ways
     /// that this crate does not serve: splice, submounts, DAX mappings, security contexts, passthrough, resend,
-    /// id-mapped mounts, io_uring, request timeouts.
+    /// id-mapped mounts, request timeouts.
     const SERVED: InitFlags = InitFlags(
         Self::ASYNC_READ.0
             | Self::POSIX_LOCKS.0
@@ -72,7 +73,8 @@ impl InitFlags {
             | Self::CREATE_SUPP_GROUP.0
             | Self::HAS_EXPIRE_ONLY.0
             | Self::DIRECT_IO_ALLOW_MMAP.0
-            | Self::NO_EXPORT_SUPPORT.0,
+            | Self::NO_EXPORT_SUPPORT.0
+            | Self::OVER_IO_URING.0,
     );
 
     /// What the session itself needs, whatever the handler asks for.

@@ -13,13 +13,14 @@
 //! | `session`   | the [`Session`]: reader threads, INIT, dispatch to a [`Handler`]                |
 //! | `init`      | pure negotiation: what the kernel offers, what the handler wants, what holds    |
 //! | `request`   | bytes from the kernel to a plain, owned [`Request`]; never panics on short input|
-//! | `reply`     | one answer per request; an unanswered [`Reply`] answers EIO when dropped        |
+//! | `reply`     | one answer per request; an unanswered [`Reply`] answers EIO or EINTR when dropped |
 //! | `interrupt` | which requests are outstanding, and whom to call when the caller gets a signal  |
 //! | `notify`    | the [`Notifier`]: cache invalidation from any thread                            |
 //! | `dir`       | READDIR and READDIRPLUS buffers                                                 |
 //! | `types`     | attributes, entries, locks and their wire form                                  |
 //! | `buffer`    | page-aligned receive buffers, handed over to large writes                       |
-//! | `channel`   | how an answer reaches the kernel; a second transport would implement this       |
+//! | `channel`   | how an answer reaches the kernel, through /dev/fuse                             |
+//! | `uring`     | requests and answers through io_uring instead of /dev/fuse                       |
 //! | `abi`       | numbers of the protocol                                                         |
 
 pub mod abi;
@@ -34,13 +35,14 @@ mod reply;
 mod request;
 mod session;
 mod types;
+mod uring;
 
 pub use buffer::Payload;
 pub use channel::Channel;
 pub use dir::{DirBuffer, DirPlusBuffer};
 pub use init::{InitConfig, InitFlags, InitRequest, Negotiated};
 pub use interrupt::InterruptTable;
-pub use mount::{MountError, MountSpec, UnmountMode};
+pub use mount::{MountError, MountSpec, UnmountMode, unescape};
 pub use notify::Notifier;
 pub use reply::{InterruptHandle, Reply};
 pub use request::{Forget, Op, Request, SetTime, Setattr};

@@ -94,7 +94,7 @@ pub(crate) struct Mount {
 }
 
 /// Major and minor number.
-type Dev = (u32, u32);
+pub(crate) type Dev = (u32, u32);
 
 impl Mount {
     /// Mounts, and returns the device that serves the mount.
@@ -111,6 +111,11 @@ impl Mount {
         let dev = mounts_on(&dir).pop();
         debug!(dir = %dir.display(), ?dev, "mounted");
         Ok((Mount { dir, dev }, device))
+    }
+
+    /// The device number of the mounted filesystem.
+    pub(crate) fn dev(&self) -> Option<Dev> {
+        self.dev
     }
 
     /// The number under /sys/fs/fuse/connections.
@@ -256,8 +261,8 @@ fn parse_mountinfo(text: &[u8], dir: &[u8]) -> Vec<Dev> {
     text.split(|&b| b == b'\n').filter_map(dev_if_on_dir).collect()
 }
 
-/// Undoes the kernel's `\ooo` for space, tab, newline and backslash.
-fn unescape(field: &[u8]) -> Vec<u8> {
+/// Undoes the kernel's `\ooo` for space, tab, newline and backslash in a field of `/proc/self/mountinfo`.
+pub fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let [first, tail @ ..] = rest {

@@ -1,4 +1,4 @@
-//! The answer to one request. Every request is answered exactly once: a [`Reply`] that is dropped answers EIO, so that
+//! The answer to one request. Every request is answered exactly once: a [`Reply`] that is dropped answers EIO (EINTR after a signal), so that
 //! no error path of a handler can leave a process waiting.
 
 use std::fmt;
@@ -237,6 +237,11 @@ impl fmt::Debug for Reply {
 impl Drop for Reply {
     fn drop(&mut self) {
         if self.channel.is_some() {
+            if self.interrupted() {
+                // Given up because nobody waits any more.
+                self.send(-libc::EINTR, &[]);
+                return;
+            }
             warn!(unique = self.unique, opcode = self.opcode, "request dropped without an answer, answering EIO");
             self.send(-libc::EIO, &[]);
         }
@@ -311,12 +316,26 @@ mod tests {
     #[test]
     fn answering_ends_the_interest_in_interrupts() {
         let capture = Arc::new(Capture::default());
-        capture.interrupts.register(6);
+        capture.interrupts.register(6, None);
         let reply = Reply::new(6, abi::SETLKW, capture.clone());
         assert!(!reply.interrupted());
         assert!(capture.interrupts.interrupt(6));
         assert!(reply.interrupted());
         assert!(reply.err(libc::EINTR));
         assert!(!capture.interrupts.interrupt(6));
+    }
+
+    #[test]
+    fn a_dropped_reply_tells_whether_it_was_interrupted() {
+        let capture = Arc::new(Capture::default());
+        for interrupted in [true, false] {
+            capture.interrupts.register(6, None);
+            let reply = Reply::new(6, abi::GETATTR, capture.clone());
+            if interrupted {
+                capture.interrupts.interrupt(6);
+            }
+            drop(reply);
+        }
+        assert_eq!(*capture.sent.lock(), [(6, -libc::EINTR, vec![]), (6, -libc::EIO, vec![])]);
     }
 }

@@ -24,6 +24,20 @@ pub struct Request {
     pub op: Op,
 }
 
+impl Request {
+    /// A whole message in the newest layouts; `None` if it is none for the handler. For other transports and for tests.
+    pub fn parse(message: &[u8]) -> Result<Option<Request>, Malformed> {
+        let header = InHeader::decode(message)?;
+        let Message::Request(mut request, payload) = parse(&header, message, Dialect { setxattr_ext: true })? else {
+            return Ok(None);
+        };
+        if let (Op::Write { data, .. }, Some(at)) = (&mut request.op, payload) {
+            *data = Payload::copy_of(message.get(at).unwrap_or_default());
+        }
+        Ok(Some(request))
+    }
+}
+
 /// The kernel gives up `nlookup` of its references to a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forget {

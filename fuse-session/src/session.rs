@@ -25,6 +25,7 @@ use crate::mount::{Mount, MountError, MountSpec, UnmountMode};
 use crate::notify::Notifier;
 use crate::reply::Reply;
 use crate::request::{Dialect, Forget, Message, Op, Request, parse};
+use crate::uring::{self, Queue, Stopper};
 
 /// What serves the requests of a session. Called from all reader threads at the same time.
 pub trait Handler: Send + Sync {
@@ -55,6 +56,8 @@ pub enum RunError {
     Init(Malformed),
     #[error("reading /dev/fuse: {0}")]
     Device(io::Error),
+    #[error("serving an io_uring: {0}")]
+    Ring(io::Error),
     #[error("the session has already been run")]
     AlreadyRun,
     #[error("the request handler panicked: {0}")]
@@ -107,7 +110,7 @@ impl Session {
     pub fn run(&self, handler: Arc<dyn Handler>, threads: usize) -> Result<(), RunError> {
         self.started.set(()).map_err(|()| RunError::AlreadyRun)?;
         let result = match self.initialize(&*handler) {
-            Ok(Some(negotiated)) => self.serve(&*handler, &negotiated, threads.max(1)),
+            Ok(Some((negotiated, queues))) => self.serve(&*handler, &negotiated, queues, threads.max(1)),
             Ok(None) => Ok(()),
             Err(e) => Err(e),
         };
@@ -123,7 +126,7 @@ impl Session {
     }
 
     /// Answers INIT. None: unmounted before it came.
-    fn initialize(&self, handler: &dyn Handler) -> Result<Option<Negotiated>, RunError> {
+    fn initialize(&self, handler: &dyn Handler) -> Result<Option<(Negotiated, Vec<Queue>)>, RunError> {
         let mut buffer = Pool::new(0, 0).take();
         let Some(len) = receive(&self.device, &mut buffer).map_err(RunError::Device)? else { return Ok(None) };
         let message = buffer.message(len);
@@ -132,23 +135,45 @@ impl Session {
             return Err(RunError::Init(Malformed("another opcode")));
         }
         let offer = InitRequest::decode(&message[abi::IN_HEADER_LEN..]).map_err(RunError::Init)?;
-        let Some(negotiated) = Negotiated::new(&offer, &handler.init(&offer), page_size()) else {
+        let Some(mut negotiated) = Negotiated::new(&offer, &handler.init(&offer), page_size()) else {
             let _ = self.device.send(header.unique, -libc::EPROTO, &[]);
             return Err(RunError::Version { major: offer.major, minor: offer.minor });
         };
+        let queues = self.queues(&mut negotiated);
         // Before the answer, which lets the first request and so the first notification through.
         let _ = self.negotiated.set(negotiated);
         handler.initialized(&negotiated);
         debug!(?offer, ?negotiated, "initialized");
         match self.device.send(header.unique, 0, &[IoSlice::new(&negotiated.encode())]) {
-            Ok(()) => Ok(Some(negotiated)),
+            Ok(()) => Ok(Some((negotiated, queues))),
             Err(e) if gone(&e) || e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
             Err(e) => Err(RunError::Device(e)),
         }
     }
 
-    fn serve(&self, handler: &dyn Handler, negotiated: &Negotiated, threads: usize) -> Result<(), RunError> {
+    /// The io_uring queues, if agreed on and possible; without them everything goes through /dev/fuse.
+    fn queues(&self, negotiated: &mut Negotiated) -> Vec<Queue> {
+        if !negotiated.flags.contains(InitFlags::OVER_IO_URING) {
+            return Vec::new();
+        }
+        let dev = self.mount.dev().ok_or_else(|| io::Error::other("the mount's device number is not known"));
+        let queues = dev.and_then(|dev| uring::queues(&self.device, dev, negotiated, page_size()));
+        queues.unwrap_or_else(|e| {
+            debug!("no io_uring: {e}");
+            negotiated.flags = negotiated.flags.without(InitFlags::OVER_IO_URING);
+            Vec::new()
+        })
+    }
+
+    fn serve(
+        &self,
+        handler: &dyn Handler,
+        negotiated: &Negotiated,
+        mut queues: Vec<Queue>,
+        threads: usize,
+    ) -> Result<(), RunError> {
         let devices: Vec<Arc<Device>> = (0..threads).map(|n| self.reader_device(n)).collect();
+        let stoppers: Vec<Stopper> = queues.iter().map(Queue::stopper).collect();
         let readers = Readers {
             handler,
             devices: &devices,
@@ -165,8 +190,19 @@ impl Session {
                         .spawn_scoped(scope, move || readers.run(&readers.devices[n]))
                 })
                 .collect();
+            let rings: Vec<_> = queues
+                .iter_mut()
+                .enumerate()
+                .map(|(n, queue)| {
+                    let readers = &readers;
+                    std::thread::Builder::new()
+                        .name(format!("fuse-ring-{n}"))
+                        .spawn_scoped(scope, move || readers.run_queue(queue))
+                })
+                .collect();
             let mut result = readers.run(&devices[0]);
-            for other in others {
+            stoppers.iter().for_each(Stopper::stop);
+            for other in others.into_iter().chain(rings) {
                 let ended = match other {
                     Ok(thread) => thread.join().unwrap_or_else(|panic| Err(RunError::Panicked(panic_text(&*panic)))),
                     Err(e) => {
@@ -223,6 +259,7 @@ struct Readers<'a> {
 impl Readers<'_> {
     /// Reads and dispatches until the kernel says that the mount is gone.
     fn run(&self, device: &Arc<Device>) -> Result<(), RunError> {
+        let channel: Arc<dyn Channel> = device.clone();
         let mut buffer = self.pool.take();
         let result = loop {
             let len = match receive(device, &mut buffer) {
@@ -232,28 +269,49 @@ impl Readers<'_> {
             };
             // A panic is a broken promise inside the filesystem: going on could damage data. The reply has answered EIO
             // by being dropped; the session ends, and its owner learns why.
-            let dispatched = catch_unwind(AssertUnwindSafe(|| self.dispatch(device, &mut buffer, len)));
+            let dispatched = catch_unwind(AssertUnwindSafe(|| self.dispatch(&channel, &mut buffer, len)));
             if let Err(panic) = dispatched {
                 break Err(RunError::Panicked(panic_text(&*panic)));
             }
         };
+        self.end(result)
+    }
+
+    fn run_queue(&self, queue: &mut Queue) -> Result<(), RunError> {
+        let mut buffer = self.pool.take();
+        let served = catch_unwind(AssertUnwindSafe(|| {
+            queue.serve(&mut buffer, |channel, buffer, len| self.dispatch(&channel, buffer, len))
+        }));
+        self.end(match served {
+            Ok(served) => served.map_err(RunError::Ring),
+            Err(panic) => {
+                // The reply has answered EIO by being dropped, and its caller is to learn that.
+                if let Err(e) = queue.finish() {
+                    debug!("handing in the last answers: {e}");
+                }
+                Err(RunError::Panicked(panic_text(&*panic)))
+            }
+        })
+    }
+
+    /// If it failed, the connection ends: the other threads wait for requests until it is gone.
+    fn end(&self, result: Result<(), RunError>) -> Result<(), RunError> {
         if let Err(e) = &result {
             error!("session ends: {e}");
-            // The other readers sit in read(2) until the connection is gone.
-            if let Err(e) = unmount(self.mount, device, UnmountMode::Force) {
+            if let Err(e) = unmount(self.mount, &self.devices[0], UnmountMode::Force) {
                 warn!("unmounting after a failure: {e}");
             }
         }
         result
     }
 
-    fn dispatch(&self, device: &Arc<Device>, buffer: &mut ReceiveBuffer, len: usize) {
+    fn dispatch(&self, channel: &Arc<dyn Channel>, buffer: &mut ReceiveBuffer, len: usize) {
         let header = match InHeader::decode(buffer.message(len)) {
             Ok(header) => header,
             Err(e) => return warn!(len, "{e}"),
         };
         let refuse = |errno: i32| {
-            if let Err(e) = device.send(header.unique, -errno, &[]) {
+            if let Err(e) = channel.send(header.unique, -errno, &[]) {
                 debug!(opcode = header.opcode, "cannot refuse a request: {e}");
             }
         };
@@ -262,18 +320,19 @@ impl Readers<'_> {
                 if let (Op::Write { data, .. }, Some(range)) = (&mut request.op, payload) {
                     *data = buffer.take_payload(range);
                 }
-                device.interrupts().register(header.unique);
-                let reply = Reply::new(header.unique, header.opcode, device.clone());
+                channel.interrupts().register(header.unique, channel.may_miss_signals().then_some(header.pid));
+                let reply = Reply::new(header.unique, header.opcode, channel.clone());
                 self.handler.request(request, reply);
             }
             Ok(Message::Forget(forgets)) => self.handler.forget(forgets),
             Ok(Message::Interrupt { target }) => {
-                if !device.interrupts().interrupt(target) {
-                    self.retry_interrupt(device, header.unique);
+                let interrupts = channel.interrupts();
+                if !interrupts.interrupt(target) && !self.retry_interrupt(header.unique) {
+                    interrupts.interrupt_now_or_later(target);
                 }
             }
             Ok(Message::Destroy) => {
-                let _ = device.send(header.unique, 0, &[]);
+                let _ = channel.send(header.unique, 0, &[]);
             }
             Ok(Message::Ignored) => debug!(opcode = header.opcode, "message ignored"),
             Ok(Message::Unknown) => refuse(libc::ENOSYS),
@@ -286,14 +345,9 @@ impl Readers<'_> {
 
     /// Asks the kernel to send the interrupt again. It looks for the interrupted request only among those read from
     /// the descriptor that we write to, and any reader may have got the interrupt, so try them in turn. If none knows
-    /// it (ENOENT), the request has been answered.
-    fn retry_interrupt(&self, own: &Arc<Device>, unique: u64) {
-        let others = self.devices.iter().filter(|d| !Arc::ptr_eq(d, own));
-        for device in std::iter::once(own).chain(others) {
-            if device.send(unique, -libc::EAGAIN, &[]).is_ok() {
-                return;
-            }
-        }
+    /// it (ENOENT), the request has been answered, or comes through io_uring: false.
+    fn retry_interrupt(&self, unique: u64) -> bool {
+        self.devices.iter().any(|device| device.send(unique, -libc::EAGAIN, &[]).is_ok())
     }
 }
 

@@ -40,7 +40,7 @@ fn an_interrupt_that_overtakes_its_request_is_repeated_across_descriptors() {
     }
     let dir = tempfile::tempdir().unwrap();
     let session = Session::mount(&MountSpec::new("none", "clusterfs", dir.path())).unwrap();
-    let negotiated = session.initialize(&Nothing).unwrap().unwrap();
+    let (negotiated, _) = session.initialize(&Nothing).unwrap().unwrap();
     let devices = [session.device.clone(), Arc::new(session.device.try_clone().unwrap())];
     let readers = Readers {
         handler: &Nothing,
@@ -50,6 +50,7 @@ fn an_interrupt_that_overtakes_its_request_is_repeated_across_descriptors() {
         mount: &session.mount,
     };
     let [first, second] = &devices;
+    let second_channel: Arc<dyn Channel> = second.clone();
     let mut buffer = readers.pool.take();
     let (tell, told) = channel();
     let (alive, ended) = channel::<()>();
@@ -90,11 +91,11 @@ fn an_interrupt_that_overtakes_its_request_is_repeated_across_descriptors() {
         for _ in 0..3 {
             let (header, len) = next(second, &mut buffer);
             assert_eq!(header.opcode, abi::INTERRUPT);
-            readers.dispatch(second, &mut buffer, len);
+            readers.dispatch(&second_channel, &mut buffer, len);
         }
 
         // Now the request is registered: the repeated interrupt reaches it.
-        first.interrupts().register(lookup.unique);
+        first.interrupts().register(lookup.unique, None);
         let reply = Reply::new(lookup.unique, lookup.opcode, first.clone());
         let called = Arc::new(AtomicBool::new(false));
         let flag = called.clone();
@@ -102,13 +103,13 @@ fn an_interrupt_that_overtakes_its_request_is_repeated_across_descriptors() {
         let (header, len) = next(second, &mut buffer);
         assert_eq!(header.opcode, abi::INTERRUPT);
         assert!(!called.load(Ordering::SeqCst));
-        readers.dispatch(second, &mut buffer, len);
+        readers.dispatch(&second_channel, &mut buffer, len);
         assert!(called.load(Ordering::SeqCst));
         assert!(reply.err(libc::EINTR));
         assert_eq!(caller.join().unwrap(), (-1, Some(libc::EINTR)));
 
         // An interrupt of an answered request is not asked for again: no descriptor knows it.
-        readers.retry_interrupt(second, lookup.unique | 1);
+        assert!(!readers.retry_interrupt(lookup.unique | 1));
         drop(alive);
     });
 }

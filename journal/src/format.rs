@@ -260,6 +260,11 @@ impl Header {
         (h.tail < region.len - RING_START).then_some(h)
     }
 
+    /// How many of the two copies are sound. One that is not was being written when its node died, or was damaged since.
+    pub fn sound_copies(both: &[u8], region: &Region) -> usize {
+        both.chunks(HEADER_COPY).take(2).filter(|c| Self::decode_copy(c, region).is_some()).count()
+    }
+
     /// The newer of the two copies.
     pub fn decode(both: &[u8], region: &Region) -> Option<Self> {
         let copies = both.chunks(HEADER_COPY).take(2).filter_map(|c| Self::decode_copy(c, region));

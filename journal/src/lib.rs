@@ -21,10 +21,12 @@ mod log;
 mod place;
 mod replay;
 mod running;
+mod salvage;
 mod types;
 
 pub use block::{BLOCK_SIZE, Block};
 pub use format::initial_header;
 pub use log::{Journal, JournalStats};
-pub use replay::{ReplayReport, Scan, TenureSource, replay, scan};
+pub use replay::{ReplayReport, Scan, TenureSource, last_opened_by, replay, scan};
+pub use salvage::{Salvage, salvage};
 pub use types::*;

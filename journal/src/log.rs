@@ -177,6 +177,13 @@ impl Journal {
             || s.logged.values().any(|l| l.lock == lock)
     }
 
+    /// Locks with changes that no durable record has.
+    pub fn not_durable(&self) -> BTreeSet<LockId> {
+        let s = self.state.lock();
+        let running = s.running.changes.values().map(|c| c.lock);
+        running.chain(s.committing.values().map(|(l, _)| *l)).collect()
+    }
+
     pub fn stats(&self) -> JournalStats {
         let s = self.state.lock();
         JournalStats { used: self.used(&s), size: self.ring(), ..s.stats }

@@ -16,7 +16,7 @@ use crate::BLOCK_SIZE;
 use crate::block::{self, Block, BlockHeader};
 use crate::commit::SUMMED_MAX;
 use crate::diff::apply;
-use crate::format::{Delta, HEADER_COPY, Header, RING_START, Record};
+use crate::format::{Delta, HEADER_COPY, Header, RECORD_HEADER, RING_START, Record};
 use crate::place::write_blocks;
 use crate::types::{JournalError, RecordNo, Region, Result};
 
@@ -46,8 +46,14 @@ pub struct Scan {
 }
 
 pub(crate) async fn read_header(dev: &Arc<dyn BlockDevice>, region: Region) -> Result<Header> {
+    Ok(read_headers(dev, region).await?.0)
+}
+
+/// The header that counts, and whether both copies are sound.
+async fn read_headers(dev: &Arc<dyn BlockDevice>, region: Region) -> Result<(Header, bool)> {
     let both = dev.read(IoClass::Journal, region.offset, 2 * HEADER_COPY).await?;
-    Header::decode(&both, &region).ok_or_else(|| JournalError::Damaged {
+    let sound = Header::sound_copies(&both, &region) == 2;
+    Header::decode(&both, &region).map(|h| (h, sound)).ok_or_else(|| JournalError::Damaged {
         slot: region.slot,
         offset: region.offset,
         reason: "neither copy of its header is readable: run fsck.clusterfs".into(),
@@ -67,11 +73,13 @@ struct Ring<'a> {
     /// Ring offset of what is in memory.
     at: u64,
     buf: AlignedBuf,
+    /// Take sectors that cannot be read as zeros.
+    lenient: bool,
 }
 
 impl<'a> Ring<'a> {
     fn new(dev: &'a Arc<dyn BlockDevice>, region: Region) -> Self {
-        Self { dev, region, at: 0, buf: AlignedBuf::zeroed(0) }
+        Self { dev, region, at: 0, buf: AlignedBuf::zeroed(0), lenient: false }
     }
 
     fn len(&self) -> u64 {
@@ -86,24 +94,77 @@ impl<'a> Ring<'a> {
             let from = offset / sector * sector;
             let to = (from + CHUNK).max(end.next_multiple_of(sector)).min(self.len());
             let start = self.region.offset + RING_START + from;
-            self.buf = self.dev.read(IoClass::Journal, start, (to - from) as usize).await?;
+            self.buf = match self.dev.read(IoClass::Journal, start, (to - from) as usize).await {
+                Ok(b) => b,
+                Err(_) if self.lenient => self.sectors(start, (to - from) as usize).await,
+                Err(e) => return Err(e.into()),
+            };
             self.at = from;
         }
         Ok(&self.buf[(offset - self.at) as usize..(end - self.at) as usize])
     }
 
+    async fn sectors(&self, start: u64, len: usize) -> AlignedBuf {
+        let sector = self.dev.geometry().sector_size as usize;
+        let mut all = AlignedBuf::zeroed(len);
+        for (piece, at) in all.chunks_mut(sector).zip((start..).step_by(sector)) {
+            if let Ok(b) = self.dev.read(IoClass::Journal, at, piece.len()).await {
+                piece.copy_from_slice(&b);
+            }
+        }
+        all
+    }
+
     async fn record(&mut self, offset: u64, number: RecordNo, incarnation: u32) -> Result<Option<(Record, u64)>> {
+        let found = self.record_at(offset, number, incarnation).await?;
+        Ok(found.filter(|(r, _)| r.number == number))
+    }
+
+    /// The record that starts here, if it is whole and its number is not below `least`.
+    async fn record_at(&mut self, offset: u64, least: RecordNo, incarnation: u32) -> Result<Option<(Record, u64)>> {
         let region = self.region;
         if offset >= self.len() {
             return Ok(None);
         }
-        let head = self.bytes(offset, crate::format::RECORD_HEADER as u64).await?;
+        let head = self.bytes(offset, RECORD_HEADER as u64).await?;
         let Some((found, len)) = Record::peek(head, &region, incarnation) else { return Ok(None) };
-        if found != number || offset + len as u64 > self.len() {
+        if found < least || offset + len as u64 > self.len() {
             return Ok(None);
         }
         let whole = self.bytes(offset, len as u64).await?;
         Ok(Record::decode(whole, &region, incarnation).map(|r| (r, len as u64)))
+    }
+
+    /// A whole record anywhere in the ring that was written when record `number` was durable.
+    async fn witness_of(&mut self, number: RecordNo, incarnation: u32) -> Result<Option<Record>> {
+        let region = self.region;
+        let sector = self.dev.geometry().sector_size as usize;
+        let mut from = 0;
+        while from < self.len() {
+            let len = CHUNK.min(self.len() - from);
+            let start = region.offset + RING_START + from;
+            let chunk = match self.dev.read(IoClass::Journal, start, len as usize).await {
+                Ok(chunk) => chunk,
+                // It may never have been written: no reason to leave the rest of the journal unreplayed.
+                Err(e) => {
+                    tracing::warn!(slot = region.slot, "a part of the journal that may be unused: {e}");
+                    AlignedBuf::zeroed(0)
+                }
+            };
+            for (i, head) in chunk.chunks(sector).enumerate() {
+                if Record::peek(head, &region, incarnation).is_none_or(|(found, _)| found <= number) {
+                    continue;
+                }
+                let offset = from + (i * sector) as u64;
+                if let Some((record, _)) = self.record_at(offset, number, incarnation).await?
+                    && record.durable_before >= number
+                {
+                    return Ok(Some(record));
+                }
+            }
+            from += len;
+        }
+        Ok(None)
     }
 
     /// All consecutive records from the tail.
@@ -123,16 +184,99 @@ impl<'a> Ring<'a> {
             number += 1;
         }
     }
+
+    /// All sound records of an incarnation, wherever they lie, from the oldest up to the first that is missing. Those before the
+    /// tail, which are in their places, do no harm: replay goes only forward.
+    async fn search(&mut self, incarnation: u32) -> Result<Vec<Record>> {
+        let sector = u64::from(self.dev.geometry().sector_size);
+        let mut found = BTreeMap::new();
+        let mut at = 0;
+        while at + RECORD_HEADER as u64 <= self.len() {
+            let region = self.region;
+            let head = Record::peek(self.bytes(at, RECORD_HEADER as u64).await?, &region, incarnation);
+            let record = match head {
+                Some((number, _)) => self.record(at, number, incarnation).await?,
+                None => None,
+            };
+            at += match record {
+                Some((record, len)) => {
+                    found.insert(record.number, record);
+                    len.max(sector)
+                }
+                None => sector,
+            };
+        }
+        let first = found.keys().next().copied().unwrap_or(0);
+        Ok(found.into_iter().zip(first..).take_while(|((n, _), want)| n == want).map(|((_, r), _)| r).collect())
+    }
+}
+
+/// The incarnation that last opened a journal; 0 if none ever did.
+pub async fn last_opened_by(dev: &Arc<dyn BlockDevice>, region: Region) -> Result<u32> {
+    Ok(read_header(dev, region).await?.incarnation)
 }
 
 /// The valid records of an incarnation; the newest is left out if its data did not arrive.
+///
+/// Where they end is the end of the journal: its last record may be torn, as nobody was told that it is durable. That is
+/// proven by what is not there: one record is written at a time, after a flush, and says which ones were durable before. A
+/// whole record behind the end tells of damage, and so does any record of a life that the header does not know of; then
+/// what was acknowledged would be lost (I11), and nothing is replayed.
 pub async fn scan(dev: &Arc<dyn BlockDevice>, region: Region, dead: NodeId) -> Result<Scan> {
-    let header = read_header(dev, region).await?;
-    if header.incarnation != dead.incarnation {
+    let (header, sound) = read_headers(dev, region).await?;
+    let mut records = match header.incarnation == dead.incarnation {
+        true => Ring::new(dev, region).records(&header).await?,
         // It died before it started its journal: it changed nothing.
-        return Ok(Scan { records: Vec::new(), dropped: false });
+        false => Vec::new(),
+    };
+    if !sound {
+        // If the copy that is left is the older one, what it says of the tail may be overwritten, or of an earlier life.
+        let found = Ring::new(dev, region).search(dead.incarnation).await?;
+        if found.last().map(|r| r.number) > records.last().map(|r| r.number) {
+            records = found;
+        }
     }
-    let mut records = Ring::new(dev, region).records(&header).await?;
+    refuse_gaps(dev, region, dead, &header, &records).await?;
+    arrived(dev, region, records).await
+}
+
+/// An error if something durable is missing behind `records`, the ones that were found.
+async fn refuse_gaps(
+    dev: &Arc<dyn BlockDevice>,
+    region: Region,
+    dead: NodeId,
+    header: &Header,
+    records: &[Record],
+) -> Result<()> {
+    let known = header.incarnation == dead.incarnation;
+    if dead.incarnation == 0 || header.incarnation > dead.incarnation {
+        return Ok(());
+    }
+    let end = records.last().map_or(if known { header.tail_number } else { 0 }, |r| r.number + 1);
+    let Some(later) = Ring::new(dev, region).witness_of(end, dead.incarnation).await? else { return Ok(()) };
+    let reason = if known || !records.is_empty() {
+        format!(
+            "record {end} cannot be read, but was durable before record {} was written, which can: run fsck.clusterfs",
+            later.number
+        )
+    } else {
+        format!(
+            "its header is of incarnation {}, but record {} of incarnation {} is there: run fsck.clusterfs",
+            header.incarnation, later.number, dead.incarnation
+        )
+    };
+    Err(JournalError::Damaged { slot: region.slot, offset: region.offset, reason })
+}
+
+/// The records that can be found without a header, up to the first sector that cannot be read.
+pub(crate) async fn scan_without_header(dev: &Arc<dyn BlockDevice>, region: Region, dead: NodeId) -> Result<Scan> {
+    let mut ring = Ring { lenient: true, ..Ring::new(dev, region) };
+    let records = ring.search(dead.incarnation).await?;
+    arrived(dev, region, records).await
+}
+
+/// Leaves the newest record out if its data did not arrive.
+async fn arrived(dev: &Arc<dyn BlockDevice>, region: Region, mut records: Vec<Record>) -> Result<Scan> {
     let arrived = match records.last() {
         Some(newest) => data_arrived(dev, region, newest).await?,
         None => true,
@@ -161,10 +305,10 @@ async fn data_arrived(dev: &Arc<dyn BlockDevice>, region: Region, record: &Recor
 }
 
 /// A change with what its record says about it.
-struct Counted<'a> {
+pub(crate) struct Counted<'a> {
     record: RecordNo,
     tenure: Tenure,
-    lock: LockId,
+    pub lock: LockId,
     delta: &'a Delta,
 }
 
@@ -189,7 +333,7 @@ impl Scan {
         Ok((images, report))
     }
 
-    async fn counted(
+    pub(crate) async fn counted(
         &self,
         region: Region,
         dead: NodeId,
@@ -228,7 +372,7 @@ impl Scan {
 }
 
 /// The image that the changes lead to; `None` if the device has it already.
-async fn replayed(
+pub(crate) async fn replayed(
     dev: &Arc<dyn BlockDevice>,
     region: Region,
     number: u64,

@@ -53,7 +53,7 @@ pub enum JournalError {
     #[error(transparent)]
     Device(#[from] DevError),
     /// An earlier commit failed: nothing can be made durable any more; the volume must be unmounted.
-    #[error("the journal failed earlier ({0}): unmount and mount again")]
+    #[error("the journal failed earlier: {0}")]
     Failed(String),
     #[error("the volume is being unmounted")]
     Closed,

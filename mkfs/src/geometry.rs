@@ -6,10 +6,10 @@
 use cluster::MAX_NODES;
 use fs_core::format::group::{BITS_PER_BITMAP, MAX_DOMAINS_PER_GROUP};
 use fs_core::format::layout::{BLOCK, FIRST_SLOT_DOMAIN};
-use fs_core::format::superblock::Superblock;
+use fs_core::format::superblock::{PLAIN_LOCKS, Superblock};
 
-use crate::FormatOptions;
 use crate::size::Bytes;
+use crate::{FormatOptions, Locks};
 
 pub const DEFAULT_NODES: u16 = 8;
 pub const MIN_JOURNAL: u64 = 1 << 20;
@@ -88,7 +88,7 @@ fn blank(sector_size: u32, opts: &FormatOptions) -> Superblock {
     uuid[8] = uuid[8] & 0x3f | 0x80;
     Superblock {
         compat: 0,
-        incompat: 0,
+        incompat: if opts.locks == Locks::Plain { PLAIN_LOCKS } else { 0 },
         ro_compat: 0,
         uuid: opts.uuid.unwrap_or(uuid),
         label: opts.label.clone(),

@@ -9,6 +9,7 @@ pub mod geometry;
 pub mod in_use;
 pub mod signature;
 pub mod size;
+pub mod timeouts;
 mod write;
 
 use std::fmt;
@@ -22,6 +23,16 @@ use fs_core::format::superblock::Superblock;
 
 pub use geometry::DEFAULT_NODES;
 pub use size::{Bytes, parse_size};
+pub use timeouts::parse_duration;
+
+/// How nodes change slot and lock blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locks {
+    /// By the device's compare-and-write.
+    CompareAndWrite,
+    /// By reads and writes alone, for devices that have no compare-and-write: slower, equally safe.
+    Plain,
+}
 
 /// What to make.
 #[derive(Clone, Debug)]
@@ -37,6 +48,7 @@ pub struct FormatOptions {
     /// Destroy what is on the device.
     pub force: bool,
     pub timeouts: Timeouts,
+    pub locks: Locks,
     /// For the UUID (16 bytes) and the key of the hints (32 bytes): from the operating system, or from a test's seed.
     pub random: [u8; 48],
     /// Time of creation.
@@ -52,6 +64,7 @@ impl FormatOptions {
             uuid: None,
             force: false,
             timeouts: Timeouts::default(),
+            locks: Locks::CompareAndWrite,
             random,
             now,
         }
@@ -134,6 +147,8 @@ pub async fn format(
             return Err(MkfsError::Occupied(names));
         }
     }
+    // Dead nodes' registrations go; with --force so do those of living ones.
+    dev.evict_others().await.map_err(|source| MkfsError::Device { what: "cutting off others", source })?;
     let wipe: Vec<u64> = found.iter().map(|f| f.offset).collect();
     write::volume(dev, &superblock, opts, &wipe, progress).await
 }
@@ -147,7 +162,7 @@ async fn old_volume(dev: &Arc<dyn BlockDevice>) -> Result<Option<Superblock>, Mk
     Ok(Superblock::decode(&first).ok())
 }
 
-/// Nodes that live on the old volume, in words; damaged slot blocks are no witnesses.
+/// Nodes that live on the old volume, in words, whether or not their slot blocks can be read.
 async fn live_nodes(dev: &Arc<dyn BlockDevice>, old: &Superblock) -> Result<Vec<String>, MkfsError> {
     let layout = old.layout().cluster();
     // Not a volume that this device can hold: no node can have mounted it.
@@ -158,8 +173,11 @@ async fn live_nodes(dev: &Arc<dyn BlockDevice>, old: &Superblock) -> Result<Vec<
     let slots = cluster::read_slots(dev.as_ref(), &layout, watch).await.map_err(MkfsError::Slots)?;
     let mut live = Vec::new();
     for s in slots {
-        if let (Some(true), Ok(block)) = (s.alive, &s.block) {
-            let host = if block.host_name.is_empty() { "an unnamed host" } else { &block.host_name };
+        if s.alive == Some(true) {
+            let host = match &s.block {
+                Ok(b) if !b.host_name.is_empty() => b.host_name.as_str(),
+                _ => "an unnamed host",
+            };
             live.push(format!("{host} (slot {})", s.slot));
         }
     }
@@ -203,6 +221,9 @@ impl fmt::Display for Made {
         writeln!(f, "nodes:    up to {}", sb.nodes)?;
         writeln!(f, "journals: {} of {}", sb.nodes, Bytes(sb.journal_blocks * 4096))?;
         writeln!(f, "groups:   {} of {}", sb.groups, Bytes(u64::from(sb.group_blocks) * 4096))?;
+        if sb.plain_locks() {
+            writeln!(f, "locks:    plain")?;
+        }
         write!(f, "domains:  {}", sb.domains)
     }
 }

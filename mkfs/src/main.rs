@@ -5,14 +5,15 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockdev::image::{ImageFile, OpenMode};
+use blockdev::iscsi::Settings;
+use blockdev::open::{User, is_iscsi};
 use blockdev::{BlockDevice, IoClass};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use fs_core::format::item::Time;
 use fs_core::format::superblock::Superblock;
-use mkfs::{FormatOptions, Progress};
+use mkfs::{FormatOptions, Locks, Progress};
 
 /// Make a clusterfs volume on DEVICE, for all hosts that share it.
 #[derive(Parser)]
@@ -27,6 +28,16 @@ struct Args {
     /// Size of each node's journal, such as 64M [default: by the size of the volume, 1M to 64M]
     #[arg(long, value_name = "SIZE", value_parser = mkfs::parse_size)]
     journal_size: Option<u64>,
+    /// How long a node that cannot reach the device goes on before it stops by itself, such as 6s
+    #[arg(long, value_name = "TIME", value_parser = mkfs::parse_duration)]
+    lease: Option<Duration>,
+    /// How long a write may be on its way to the device [default: 120s]. Others wait so much longer for a node that they
+    /// cannot fence
+    #[arg(long, value_name = "TIME", value_parser = mkfs::parse_duration)]
+    queue_time: Option<Duration>,
+    /// How nodes take locks
+    #[arg(long, value_enum, default_value = "caw")]
+    locks: LockKind,
     /// UUID of the volume [default: random]
     #[arg(long, value_name = "UUID", value_parser = uuid)]
     uuid: Option<[u8; 16]>,
@@ -36,8 +47,16 @@ struct Args {
     /// Print only errors
     #[arg(short, long)]
     quiet: bool,
-    /// Block device or image file
+    /// Block device, image file or iscsi://[USER@]HOST[:PORT]/TARGET/LUN
     device: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LockKind {
+    /// By the device's compare-and-write
+    Caw,
+    /// By reads and writes alone: slower to hand over, for kernel block devices that several hosts share
+    Plain,
 }
 
 fn uuid(s: &str) -> Result<[u8; 16], String> {
@@ -58,6 +77,12 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     mkfs::in_use::check(&args.device)?;
+    let image = std::fs::metadata(&args.device).is_ok_and(|m| m.is_file());
+    let timeouts = mkfs::timeouts::choose(args.lease, args.queue_time, image)?;
+    let locks = match args.locks {
+        LockKind::Caw => Locks::CompareAndWrite,
+        LockKind::Plain => Locks::Plain,
+    };
     let mut random = [0; 48];
     File::open("/dev/urandom")?.read_exact(&mut random)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
@@ -68,6 +93,8 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         journal_size: args.journal_size,
         uuid: args.uuid,
         force: args.force,
+        timeouts,
+        locks,
         ..FormatOptions::new(random, now)
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -76,6 +103,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         let mut line = ProgressLine { shown: 0, on: !args.quiet && std::io::stderr().is_terminal() };
         let made = mkfs::format(&dev, &opts, &mut |p| line.show(p)).await;
         line.clear();
+        dev.unregister().await?;
         Ok::<_, Box<dyn std::error::Error>>(made.map_err(|e| format!("{}: {e}", args.device.display()))?)
     })?;
     if !args.quiet {
@@ -86,11 +114,11 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
 
 /// Opens the device. Where it holds a volume, with that volume's sector size, so that its slots can be read.
 async fn open(path: &Path) -> Result<Arc<dyn BlockDevice>, Box<dyn std::error::Error>> {
-    let dev = ImageFile::open(path, OpenMode::ReadWrite)?;
+    let dev = blockdev::open::open(path, User::Tool, None, &Settings::default()).await?;
     let first = dev.read(IoClass::Meta, 0, 4096).await?;
     match Superblock::decode(&first) {
-        Ok(old) if old.sector_size != dev.geometry().sector_size => {
-            Ok(ImageFile::open_with_sector_size(path, OpenMode::ReadWrite, old.sector_size)?)
+        Ok(old) if old.sector_size != dev.geometry().sector_size && !is_iscsi(path) => {
+            Ok(blockdev::open::open(path, User::Tool, Some(old.sector_size), &Settings::default()).await?)
         }
         _ => Ok(dev),
     }

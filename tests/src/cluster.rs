@@ -5,6 +5,7 @@
 //! that the cluster started are killed, only its own mount points are unmounted. Should the test itself be killed, the kernel
 //! kills its nodes.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
@@ -16,6 +17,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::sys::enter_netns;
 
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 pub type Result<T> = std::result::Result<T, Error>;
@@ -95,11 +98,18 @@ pub struct Cluster {
     running: Registry,
     bin: PathBuf,
     dir: tempfile::TempDir,
+    image: PathBuf,
     keeper: Sender<Start>,
     /// Bytes of address space that a program may have (RLIMIT_AS).
     pub memory: Option<u64>,
     /// How long a mount or an unmount may take.
     pub patience: Duration,
+    /// Network namespaces that nodes run in, where it is not the test's own.
+    pub netns: BTreeMap<usize, PathBuf>,
+    /// ... and the other programs.
+    pub programs_netns: Option<PathBuf>,
+    /// Further mount options of nodes.
+    pub options: BTreeMap<usize, String>,
 }
 
 impl Cluster {
@@ -112,7 +122,19 @@ impl Cluster {
         let dir = tempfile::tempdir()?;
         // Tests look at permissions as other users.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))?;
-        Ok(Self { running, bin: programs()?, dir, keeper, memory: None, patience: PATIENCE })
+        let image = dir.path().join("lun.img");
+        Ok(Self {
+            running,
+            bin: programs()?,
+            dir,
+            image,
+            keeper,
+            memory: None,
+            patience: PATIENCE,
+            netns: BTreeMap::new(),
+            programs_netns: None,
+            options: BTreeMap::new(),
+        })
     }
 
     /// As [`Cluster::new`]; a signal that ends the process (ctrl-C) ends all nodes first. For programs, before they start threads.
@@ -142,10 +164,43 @@ impl Cluster {
 
     /// As [`Cluster::formatted`], for a test that may take `limit`.
     pub fn formatted_for(slots: usize, bytes: u64, limit: Duration) -> Result<Self> {
+        Self::formatted_with(slots, bytes, limit, &[])
+    }
+
+    /// As [`Cluster::formatted_for`], with more options of mkfs.
+    pub fn formatted_with(slots: usize, bytes: u64, limit: Duration, options: &[&str]) -> Result<Self> {
         let c = Self::new(limit)?;
         File::create(c.image())?.set_len(bytes)?;
-        c.program("mkfs.clusterfs", &["-q", "--nodes", &slots.to_string()])?;
+        c.format(slots, options)?;
         Ok(c)
+    }
+
+    /// As [`Cluster::formatted_with`], on an image that is there and outlives the cluster.
+    pub fn formatted_on(image: &Path, slots: usize, limit: Duration, options: &[&str]) -> Result<Self> {
+        let mut c = Self::new(limit)?;
+        c.image = image.to_owned();
+        c.format(slots, options)?;
+        Ok(c)
+    }
+
+    /// As [`Cluster::formatted_on`], where the programs run in a network namespace.
+    pub fn formatted_in(
+        netns: PathBuf,
+        device: &Path,
+        slots: usize,
+        limit: Duration,
+        options: &[&str],
+    ) -> Result<Self> {
+        let mut c = Self::new(limit)?;
+        c.image = device.to_owned();
+        c.programs_netns = Some(netns);
+        c.format(slots, options)?;
+        Ok(c)
+    }
+
+    fn format(&self, slots: usize, options: &[&str]) -> Result<()> {
+        let slots = slots.to_string();
+        self.program("mkfs.clusterfs", &[&["-q", "--nodes", &slots], options].concat()).map(drop)
     }
 
     pub fn path(&self) -> &Path {
@@ -153,7 +208,7 @@ impl Cluster {
     }
 
     pub fn image(&self) -> PathBuf {
-        self.path().join("lun.img")
+        self.image.clone()
     }
 
     pub fn mount_point(&self, number: usize) -> PathBuf {
@@ -187,7 +242,11 @@ impl Cluster {
 
     /// Runs one of the programs on the image to its end and returns what it printed.
     pub fn program(&self, name: &str, args: &[&str]) -> Result<String> {
-        let out = self.command(name).args(args).arg(self.image()).output();
+        let mut command = self.command(name);
+        if let Some(netns) = &self.programs_netns {
+            enter_netns(&mut command, netns)?;
+        }
+        let out = command.args(args).arg(self.image()).output();
         let out = out.map_err(|e| format!("{name}: {e}"))?;
         let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
         if out.status.success() { Ok(text) } else { Err(format!("{name}: {}\n{text}", out.status).into()) }
@@ -203,7 +262,12 @@ impl Cluster {
         fs::create_dir_all(&dir)?;
         let log = File::options().create(true).append(true).open(self.log(number))?;
         let mut command = self.command("mount.clusterfs");
-        command.arg(self.image()).arg(&dir).args(["-f", "-o", options]).stdout(log.try_clone()?).stderr(log);
+        if let Some(netns) = self.netns.get(&number) {
+            enter_netns(&mut command, netns)?;
+        }
+        let more = self.options.get(&number).map(|o| format!(",{o}")).unwrap_or_default();
+        let options = format!("{options}{more}");
+        command.arg(self.image()).arg(&dir).args(["-f", "-o", &options]).stdout(log.try_clone()?).stderr(log);
         let child = self.spawn(command).map_err(|e| format!("mount.clusterfs: {e}"))?;
         self.running.lock().push(Running { number, child, dir: dir.clone() });
         let deadline = Instant::now() + self.patience;
@@ -260,12 +324,26 @@ impl Cluster {
 
     /// SIGTERM, as a service manager does, and waits for the end of the process.
     pub fn terminate(&self, number: usize) -> Result<()> {
+        self.signal(number, libc::SIGTERM)?;
+        self.wait_for_end(number)
+    }
+
+    /// The process stands still until [`Cluster::resume`].
+    pub fn suspend(&self, number: usize) -> Result<()> {
+        self.signal(number, libc::SIGSTOP)
+    }
+
+    pub fn resume(&self, number: usize) -> Result<()> {
+        self.signal(number, libc::SIGCONT)
+    }
+
+    fn signal(&self, number: usize, signal: libc::c_int) -> Result<()> {
         let pid = self.pid(number).ok_or_else(|| format!("node {number} does not run"))?;
         // SAFETY: a child that has not been waited for, so the number is still its own.
-        if unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) } != 0 {
-            return Err(io::Error::last_os_error().into());
+        match unsafe { libc::kill(pid as libc::pid_t, signal) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error().into()),
         }
-        self.wait_for_end(number)
     }
 
     /// Unmounts in order and waits for the end of the process.
@@ -289,16 +367,29 @@ impl Cluster {
 
     /// The end of a test that went well: all nodes unmount, the volume has no error, no node complained of a fault.
     pub fn finish(self) {
+        self.unmount_and_check();
+        for n in 0..64 {
+            let log = self.log_text(n);
+            assert!(!log.contains("panicked") && !log.contains("ERROR"), "node {n} logged a fault:\n{log}");
+        }
+    }
+
+    /// As [`Cluster::finish`], where the nodes had reason to complain.
+    pub fn finish_after_faults(self) {
+        self.unmount_and_check();
+        for n in 0..64 {
+            let log = self.log_text(n);
+            assert!(!log.contains("panicked"), "node {n}:\n{log}");
+        }
+    }
+
+    fn unmount_and_check(&self) {
         let numbers: Vec<usize> = self.running.lock().iter().map(|r| r.number).collect();
         for n in numbers {
             self.unmount(n).unwrap_or_else(|e| panic!("{e}"));
         }
         let report = self.program("fsck.clusterfs", &["-n"]).unwrap_or_else(|e| panic!("{e}"));
         assert!(report.contains("clean"), "{report}");
-        for n in 0..64 {
-            let log = self.log_text(n);
-            assert!(!log.contains("panicked") && !log.contains("ERROR"), "node {n} logged a fault:\n{log}");
-        }
         print!("{report}");
     }
 }

@@ -8,7 +8,7 @@
 //! "mboxrd" form of qmail's mbox(5), where quoting of From_ lines can be undone.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -45,16 +45,23 @@ pub struct Mailer {
     seed: u64,
     next: u64,
     largest: usize,
+    from_lines: bool,
 }
 
 impl Mailer {
     pub fn new(seed: u64) -> Self {
-        Self { rng: StdRng::seed_from_u64(seed), seed, next: 0, largest: 8 << 20 }
+        Self { rng: StdRng::seed_from_u64(seed), seed, next: 0, largest: 8 << 20, from_lines: true }
     }
 
     /// No body is larger than this many bytes.
     pub fn largest(mut self, bytes: usize) -> Self {
         self.largest = bytes.max(64);
+        self
+    }
+
+    /// No line starts with From: not every server quotes those in a way that can be undone.
+    pub fn without_from_lines(mut self) -> Self {
+        self.from_lines = false;
         self
     }
 
@@ -85,8 +92,8 @@ impl Mailer {
                 column = 0;
                 // Lines that an mbox must quote.
                 match self.rng.random_range(0..60) {
-                    0 => out.extend_from_slice(b"From "),
-                    1 => out.extend_from_slice(b">From "),
+                    0 if self.from_lines => out.extend_from_slice(b"From "),
+                    1 if self.from_lines => out.extend_from_slice(b">From "),
                     _ => {}
                 }
             } else if column > 0 {
@@ -411,30 +418,41 @@ pub fn append_mbox(path: &Path, message: &Message, how: MboxLock) -> io::Result<
 
 /// The Message-IDs of an mbox in order, each message verified.
 pub fn read_mbox(path: &Path) -> io::Result<Vec<String>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.read_to_end(&mut bytes)?;
+    let (ids, bad) = read_torn_mbox(path)?;
+    bad.map_or(Ok(ids), |bad| Err(invalid(path, bad)))
+}
+
+/// As [`read_mbox`], up to the first message that is not whole: after a crash that may be the one being appended, which
+/// nobody was promised.
+pub fn read_torn_mbox(path: &Path) -> io::Result<(Vec<String>, Option<Bad>)> {
+    let bytes = fs::read(path)?;
     let mut ids = Vec::new();
     let mut message: Option<Vec<u8>> = None;
-    let mut finish = |message: Option<Vec<u8>>| -> io::Result<()> {
+    let mut finish = |message: Option<Vec<u8>>| -> Result<(), Bad> {
         let Some(mut m) = message else { return Ok(()) };
         // The empty line that separates messages.
         if m.pop() != Some(b'\n') {
-            return Err(invalid(path, Bad::NoHeaders));
+            return Err(Bad::NoHeaders);
         }
-        ids.push(verify(&m).map_err(|bad| invalid(path, bad))?);
+        ids.push(verify(&m)?);
         Ok(())
     };
+    let mut bad = None;
     for line in bytes.split_inclusive(|b| *b == b'\n') {
         if line.starts_with(b"From ") {
-            finish(message.replace(Vec::new()))?;
-            continue;
+            bad = finish(message.replace(Vec::new())).err();
+        } else if let Some(m) = &mut message {
+            let quoted = line.starts_with(b">") && looks_like_from(line);
+            m.extend_from_slice(if quoted { &line[1..] } else { line });
+        } else {
+            bad = Some(Bad::NoHeaders);
         }
-        let Some(m) = &mut message else { return Err(invalid(path, Bad::NoHeaders)) };
-        let quoted = line.starts_with(b">") && looks_like_from(line);
-        m.extend_from_slice(if quoted { &line[1..] } else { line });
+        if bad.is_some() {
+            return Ok((ids, bad));
+        }
     }
-    finish(message)?;
-    Ok(ids)
+    let bad = finish(message).err();
+    Ok((ids, bad))
 }
 
 #[cfg(test)]

@@ -227,3 +227,18 @@ impl Drop for Map {
         unsafe { libc::munmap(self.at.cast(), self.len) };
     }
 }
+
+/// The command runs in a network namespace, given as a file (`/run/netns/NAME`).
+pub fn enter_netns(command: &mut std::process::Command, netns: &std::path::Path) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::process::CommandExt;
+    let file = std::fs::File::open(netns)?;
+    // SAFETY: only one system call in the child, on a descriptor that the closure keeps open.
+    unsafe {
+        command.pre_exec(move || match libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    Ok(())
+}

@@ -2,6 +2,7 @@
 //! damaged volume gives errors, never wrong contents. Needs root and the programs: `cargo xtask test`.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -19,6 +20,8 @@ use rand::{RngExt, SeedableRng};
 const PATIENCE: Duration = Duration::from_secs(20);
 const MEMORY: u64 = 2 << 30;
 const MIB: u64 = 1 << 20;
+/// Of so many damaged volumes one is repaired.
+const REPAIRED: usize = 5;
 
 struct Outcome {
     /// `None`: ended by a signal.
@@ -143,6 +146,37 @@ fn images_that_are_no_volumes() {
         let status = program(&c, "clusterfs", &["status", &image]);
         println!("{what}: mount: {} fsck: {:?} status: {:?}", mount.err.trim(), check.code, status.code);
         assert!(fs::read(&image).unwrap() == *bytes, "{what}: changed by who only looked");
+        for how in ["-p", "-y"] {
+            let o = program(&c, "fsck.clusterfs", &[how, &image]);
+            let all = format!("{what}, fsck {how}: {:?}\n{}{}", o.code, o.out, o.err);
+            let lines = o.err.lines().count();
+            match o.code {
+                // Not a volume, or one that is not all there: nothing is guessed, nothing is written.
+                Some(8) => assert!(lines == 1 && fs::read(&image).unwrap() == *bytes, "{all}"),
+                Some(4) if o.out.contains("truncated") => assert!(fs::read(&image).unwrap() == *bytes, "{all}"),
+                // -p may have done all there was to do.
+                Some(0) if how == "-y" => {}
+                Some(1) => assert_eq!(program(&c, "fsck.clusterfs", &["-n", &image]).code, Some(0), "{all}"),
+                // -p leaves what costs something.
+                code => assert!(how == "-p" && matches!(code, Some(4 | 5)), "{all}"),
+            }
+        }
+        // Over anything a new volume can be made, if that is said twice.
+        fs::write(&image, bytes).unwrap();
+        let mkfs = program(&c, "mkfs.clusterfs", &["-q", "--nodes", "2", &image]);
+        let all = format!("{what}: mkfs: {:?}\n{}{}", mkfs.code, mkfs.out, mkfs.err);
+        match mkfs.code {
+            Some(0) => {}
+            _ => assert!(mkfs.err.lines().count() == 1 && fs::read(&image).unwrap() == *bytes, "{all}"),
+        }
+        if bytes.len() as u64 >= 16 * MIB {
+            assert_eq!(
+                program(&c, "mkfs.clusterfs", &["-q", "--force", "--nodes", "2", &image]).code,
+                Some(0),
+                "{all}"
+            );
+            assert_eq!(program(&c, "fsck.clusterfs", &["-n", &image]).code, Some(0), "{all}");
+        }
     }
     for len in [0, 1, 512, 100_000, MIB] {
         File::create(&image).unwrap().set_len(len).unwrap();
@@ -282,6 +316,27 @@ fn walk(root: &Path, expected: &Expected, what: &str) -> usize {
     errors
 }
 
+/// The files that can be read and are what they were.
+fn readable(root: &Path, expected: &Expected) -> BTreeSet<String> {
+    let good = expected.files.iter().filter(|(name, data)| fs::read(root.join(name)).is_ok_and(|d| d == *data));
+    good.map(|(name, _)| name.clone()).collect()
+}
+
+/// Repairs a damaged volume: a second run finds nothing, and what could be read before can be read after.
+fn repair(c: &Cluster, before: &BTreeSet<String>, expected: &Expected, what: &str) {
+    let image = text(&c.image());
+    let y = program(c, "fsck.clusterfs", &["-y", &image]);
+    let told = format!("{what}: fsck -y: {:?}\n{}{}", y.code, y.out, y.err);
+    assert!(matches!(y.code, Some(0 | 1)), "{told}");
+    let again = program(c, "fsck.clusterfs", &["-y", &image]);
+    assert_eq!(again.code, Some(0), "{told}a second run finds something:\n{}", again.out);
+    c.mount(0).unwrap_or_else(|e| panic!("{told}{e}"));
+    let after = readable(&c.mount_point(0), expected);
+    c.unmount(0).unwrap();
+    let lost: Vec<_> = before.difference(&after).collect();
+    assert!(lost.is_empty(), "{told}can be read no more: {lost:?}");
+}
+
 /// Blocks of the volume's own that hold anything, in classes: each class is to be hit as often as the others.
 fn metadata_blocks(image: &[u8]) -> Vec<Vec<usize>> {
     let own = |b: &usize| {
@@ -333,6 +388,7 @@ fn flips(crashed: bool, count: usize, seed: u64) {
         assert_eq!(check.code != Some(0), !check.out.contains("clean"), "{told}");
         reported += usize::from(check.code != Some(0));
         let started = Instant::now();
+        let mut before = BTreeSet::new();
         if let Err(e) = c.mount(0) {
             let e = e.to_string();
             assert!(!e.contains("panicked"), "{what}: {e}");
@@ -342,6 +398,7 @@ fn flips(crashed: bool, count: usize, seed: u64) {
         } else {
             mounts += 1;
             let root = c.mount_point(0);
+            before = readable(&root, &expected);
             if !crashed {
                 let bad = walk(&root, &expected, &what);
                 assert!(bad == 0 || check.code != Some(0), "{what}: fsck finds nothing, but {bad} files give errors");
@@ -360,6 +417,13 @@ fn flips(crashed: bool, count: usize, seed: u64) {
         assert!(started.elapsed() < PATIENCE, "{what}: took {:?}", started.elapsed());
         let log = c.log_text(0);
         assert!(!log.contains("panicked"), "{what}:\n{log}");
+        if i % REPAIRED == 0 {
+            // Without what the mount has changed.
+            fs::write(&image, &base).unwrap();
+            let f = File::options().write(true).open(&image).unwrap();
+            f.write_all_at(&[base[at] ^ 1 << bit], at as u64).unwrap();
+            repair(&c, &before, &expected, &what);
+        }
         fs::write(c.path().join("node0.log"), b"").unwrap();
     }
     println!(

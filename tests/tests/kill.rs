@@ -4,19 +4,21 @@
 //! `cargo xtask test`.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clusterfs_tests::cluster::Cluster;
-use clusterfs_tests::mail::{Mailer, MoveBy, deliver_maildir_by, make_maildir, read_maildir};
+use clusterfs_tests::load::{assert_once, make_boxes};
+use clusterfs_tests::mail::{
+    Mailer, MboxLock, Message, MoveBy, append_mbox, deliver_maildir_by, mark_seen, read_maildir, read_torn_mbox,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-const NODES: usize = 3;
+const NODES: usize = 4;
 const ROUNDS: usize = 4;
 const BOXES: [&str; 4] = ["anna", "ben", "carla", "team"];
 /// The longest that a death may keep a survivor waiting.
@@ -28,33 +30,97 @@ fn seed() -> u64 {
     seed
 }
 
+/// What one thread of the load did.
 #[derive(Default)]
 struct Delivered {
+    /// Acknowledged in maildirs, in any order, and in an mbox of its own, in order.
     ids: Vec<String>,
+    mbox: PathBuf,
+    in_mbox: Vec<String>,
+    seen: usize,
     longest: Duration,
-    error: Option<std::io::Error>,
+    error: Option<io::Error>,
 }
 
-/// Delivers to all boxes in turn until told to stop or until the node is gone.
+/// A mixed load until told to stop or until the node is gone: deliveries to all maildirs in turn, to an mbox, and messages that
+/// any node delivered marked as seen.
 fn deliver(root: &Path, seed: u64, stop: &AtomicBool) -> Delivered {
-    let mut d = Delivered::default();
+    let mut d = Delivered { mbox: format!("mbox-{seed}").into(), ..Delivered::default() };
     for (i, m) in Mailer::new(seed).largest(100 << 10).enumerate() {
         if stop.load(Ordering::Relaxed) {
             break;
         }
-        let how = if i % 3 == 0 { MoveBy::Link } else { MoveBy::Rename };
         let started = Instant::now();
-        let result = deliver_maildir_by(&root.join(BOXES[(i + seed as usize) % BOXES.len()]), &m, how);
+        let result = d.step(root, i, i + seed as usize, m);
         d.longest = d.longest.max(started.elapsed());
-        match result {
-            Ok(_) => d.ids.push(m.id),
-            Err(e) => {
-                d.error = Some(e);
-                break;
-            }
+        if let Err(e) = result {
+            d.error = Some(e);
+            break;
         }
     }
     d
+}
+
+impl Delivered {
+    fn step(&mut self, root: &Path, i: usize, turn: usize, m: Message) -> io::Result<()> {
+        let maildir = root.join(BOXES[turn % BOXES.len()]);
+        match i % 5 {
+            3 => {
+                append_mbox(&root.join(&self.mbox), &m, MboxLock::Dotlock)?;
+                self.in_mbox.push(m.id);
+            }
+            4 => {
+                if let Some(message) = fs::read_dir(maildir.join("new"))?.next() {
+                    match mark_seen(&message?.path()) {
+                        // Another node was faster.
+                        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                        done => self.seen += done.map(|_| 1)?,
+                    }
+                }
+            }
+            _ => {
+                let how = if i.is_multiple_of(3) { MoveBy::Link } else { MoveBy::Rename };
+                deliver_maildir_by(&maildir, &m, how)?;
+                self.ids.push(m.id);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// All that was acknowledged so far.
+#[derive(Default)]
+struct Acknowledged {
+    ids: Vec<String>,
+    mboxes: Vec<(PathBuf, Vec<String>)>,
+}
+
+impl Acknowledged {
+    fn add(&mut self, done: Vec<Delivered>) {
+        for d in done {
+            self.ids.extend(d.ids);
+            if !d.in_mbox.is_empty() {
+                self.mboxes.push((d.mbox, d.in_mbox));
+            }
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.ids.len() + self.mboxes.iter().map(|(_, ids)| ids.len()).sum::<usize>()
+    }
+
+    /// On `node` each message is there once and whole. An mbox may end with one that its writer was killed over.
+    fn check(&self, c: &Cluster, node: usize) {
+        assert_once(c, node, &BOXES, &self.ids, read_maildir);
+        for (mbox, ids) in &self.mboxes {
+            let path = c.mount_point(node).join(mbox);
+            let (found, torn) =
+                read_torn_mbox(&path).unwrap_or_else(|e| panic!("node {node}: {}: {e}", path.display()));
+            let more = found.len() + usize::from(torn.is_some());
+            assert!(found.starts_with(ids), "node {node}: {}: {ids:?} acknowledged, {found:?} there", path.display());
+            assert!(more <= ids.len() + 1, "node {node}: {}: too much", path.display());
+        }
+    }
 }
 
 /// How late this machine wakes a thread that sleeps: what a stall may be longer for no fault of ours.
@@ -69,25 +135,9 @@ fn noise(stop: &AtomicBool) -> Duration {
     worst
 }
 
-/// Every acknowledged message is there exactly once and whole; others are whole.
-fn check(c: &Cluster, node: usize, acknowledged: &[String]) {
-    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
-    for b in BOXES {
-        // Reading verifies each message's checksum.
-        let stored = read_maildir(&c.mount_point(node).join(b)).unwrap_or_else(|e| panic!("node {node}: {e}"));
-        for s in stored {
-            *seen.entry(s.id).or_default() += 1;
-        }
-    }
-    let lost: Vec<_> = acknowledged.iter().filter(|id| !seen.contains_key(*id)).collect();
-    assert!(lost.is_empty(), "node {node}: {} of {} acknowledged are lost: {lost:?}", lost.len(), acknowledged.len());
-    let twice: Vec<_> = seen.iter().filter(|(_, n)| **n > 1).collect();
-    assert!(twice.is_empty(), "node {node}: there more than once: {twice:?}");
-}
-
 fn start() -> Cluster {
     let c = Cluster::start(NODES);
-    BOXES.iter().for_each(|b| make_maildir(&c.mount_point(0).join(b)).unwrap());
+    make_boxes(&c.mount_point(0), &BOXES).unwrap();
     c
 }
 
@@ -95,7 +145,7 @@ fn start() -> Cluster {
 fn a_node_dies_at_any_moment_and_comes_back() {
     let mut rng = StdRng::seed_from_u64(seed());
     let c = start();
-    let mut acknowledged = Vec::new();
+    let mut acknowledged = Acknowledged::default();
     for round in 0..ROUNDS {
         let victim = rng.random_range(0..NODES);
         let moment = Duration::from_millis(rng.random_range(50..1200));
@@ -117,10 +167,10 @@ fn a_node_dies_at_any_moment_and_comes_back() {
             let done: Vec<Delivered> = threads.into_iter().map(|t| t.join().unwrap()).collect();
             (done, noise.join().unwrap())
         });
-        let counts: Vec<usize> = done.iter().map(|d| d.ids.len()).collect();
+        let counts: Vec<_> = done.iter().map(|d| (d.ids.len(), d.in_mbox.len(), d.seen)).collect();
         let waits: Vec<Duration> = done.iter().map(|d| d.longest).collect();
         println!(
-            "round {round}: node {victim} killed after {moment:?}; delivered {counts:?}, longest waits {waits:.0?}, noise {noise:.0?}"
+            "round {round}: node {victim} killed after {moment:?}; delivered, in an mbox, seen {counts:?}, longest waits {waits:.0?}, noise {noise:.0?}"
         );
         for (n, d) in done.iter().enumerate() {
             if n == victim {
@@ -131,11 +181,11 @@ fn a_node_dies_at_any_moment_and_comes_back() {
                 assert!(!d.ids.is_empty(), "node {n} delivered nothing");
             }
         }
-        acknowledged.extend(done.into_iter().flat_map(|d| d.ids));
+        acknowledged.add(done);
         let survivor = (victim + 1) % NODES;
-        check(&c, survivor, &acknowledged);
+        acknowledged.check(&c, survivor);
         c.mount(victim).unwrap();
-        check(&c, victim, &acknowledged);
+        acknowledged.check(&c, victim);
     }
     println!("{} acknowledged messages, none lost", acknowledged.len());
     c.finish();
@@ -145,7 +195,7 @@ fn a_node_dies_at_any_moment_and_comes_back() {
 fn all_nodes_die_at_once() {
     let mut rng = StdRng::seed_from_u64(seed() + 1);
     let c = start();
-    let mut acknowledged = Vec::new();
+    let mut acknowledged = Acknowledged::default();
     for round in 0..3 {
         let moment = Duration::from_millis(rng.random_range(100..1500));
         let stop = AtomicBool::new(false);
@@ -163,7 +213,7 @@ fn all_nodes_die_at_once() {
             killed.into_iter().for_each(|k| k.unwrap());
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
-        acknowledged.extend(done.into_iter().flat_map(|d| d.ids));
+        acknowledged.add(done);
         // What is checked is the volume as it will be once the journals are replayed.
         let report = c.program("fsck.clusterfs", &["-n"]).unwrap();
         println!(
@@ -174,9 +224,9 @@ fn all_nodes_die_at_once() {
         let started = Instant::now();
         c.mount(0).unwrap();
         println!("mounted again in {:?}", started.elapsed());
-        check(&c, 0, &acknowledged);
+        acknowledged.check(&c, 0);
         (1..NODES).for_each(|n| c.mount(n).unwrap());
-        check(&c, NODES - 1, &acknowledged);
+        acknowledged.check(&c, NODES - 1);
     }
     c.finish();
 }
@@ -214,6 +264,27 @@ fn termination_is_an_unmount() {
         assert!(fs::read(root.join(format!("large-{n}"))).unwrap() == data);
         assert_eq!(fs::read_to_string(root.join(format!("small-{n}"))).unwrap(), format!("of node {n}"));
     }
+    c.finish();
+}
+
+/// Who mounts read-only is not surprised by a replay.
+#[test]
+fn a_read_only_mount_of_an_unclean_volume_is_refused() {
+    let c = Cluster::start(1);
+    c.mount_with(1, "ro").unwrap();
+    let root = c.mount_point(0);
+    File::create(root.join("f")).unwrap().sync_all().unwrap();
+    assert!(c.mount_point(1).join("f").exists());
+    c.unmount(1).unwrap();
+    c.kill9(0).unwrap();
+    let refused = c.mount_with(1, "ro").unwrap_err().to_string();
+    assert!(refused.contains("slot 0 was not unmounted") && refused.contains("fsck.clusterfs -p"), "{refused}");
+    c.mount(0).unwrap();
+    // A living node has replayed it.
+    c.mount_with(1, "ro").unwrap();
+    assert!(c.mount_point(1).join("f").exists());
+    let e = File::create(c.mount_point(1).join("g")).unwrap_err();
+    assert_eq!(e.raw_os_error(), Some(libc::EROFS));
     c.finish();
 }
 

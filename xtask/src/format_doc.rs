@@ -10,6 +10,7 @@ const SOURCES: &[&str] = &[
     "fs-core/src/format/group.rs",
     "fs-core/src/format/domain.rs",
     "fs-core/src/format/item.rs",
+    "fs-core/src/format/file_lock.rs",
     "fs-core/src/tree/node.rs",
     "journal/src/block.rs",
     "journal/src/format.rs",
@@ -17,6 +18,7 @@ const SOURCES: &[&str] = &[
     "cluster/src/format/heartbeat.rs",
     "cluster/src/format/doorbell.rs",
     "cluster/src/format/lock.rs",
+    "cluster/src/format/cell.rs",
 ];
 
 /// Rows of tables and lines of ```text blocks in doc comments.

@@ -14,6 +14,7 @@ pub fn test(args: &[String]) -> Result<()> {
     step("lints", cargo().args(clippy))?;
     println!("== programs");
     let bin = programs::build()?;
+    crate::tools::install()?;
     let mut tests = if works("cargo-nextest", &["nextest", "--version"]) {
         let mut c = cargo();
         c.args(["nextest", "run", "--workspace"]);
@@ -37,4 +38,19 @@ pub fn demo(args: &[String]) -> Result<()> {
 pub fn soak(args: &[String]) -> Result<()> {
     let run = ["run", "--release", "--quiet", "--package", "clusterfs-tests", "--bin", "clusterfs-sim", "--", "soak"];
     crate::run::run(cargo().args(run).args(args))
+}
+
+/// What takes how long; see the help of `clusterfs-bench`.
+pub fn bench(args: &[String]) -> Result<()> {
+    let bin = programs::build()?;
+    let run = ["run", "--release", "--quiet", "--package", "clusterfs-tests", "--bin", "clusterfs-bench", "--"];
+    crate::run::run(cargo().args(run).args(args).env(BIN_DIR, bin))
+}
+
+/// Random operations on the contents of files, on two nodes; see the help of `clusterfs-exercise`.
+pub fn exercise(args: &[String]) -> Result<()> {
+    let bin = programs::build()?;
+    crate::tools::install()?;
+    let run = ["run", "--release", "--quiet", "--package", "clusterfs-tests", "--bin", "clusterfs-exercise", "--"];
+    crate::run::run(cargo().args(run).args(args).env(BIN_DIR, bin))
 }

@@ -8,6 +8,7 @@ mod install;
 mod programs;
 mod run;
 mod setup;
+mod tools;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,6 +44,18 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Random operations on the contents of files on two real mounts, a million by default: [--fsx N] [--shared N] [--seed N]
+    Exercise {
+        /// Passed on to clusterfs-exercise
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// How long things take, on real mounts: run [SCENARIO...], list, tools, takeover; see docs/PERFORMANCE.md
+    Bench {
+        /// Passed on to clusterfs-bench
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Install the programs so that `mount -t clusterfs` works; needs root for the default prefix
     Install {
         #[arg(long, default_value = "/usr/local")]
@@ -64,6 +77,8 @@ fn main() -> ExitCode {
         Task::Demo { args } => gate::demo(&args),
         Task::Test { args } => gate::test(&args),
         Task::Soak { args } => gate::soak(&args),
+        Task::Exercise { args } => gate::exercise(&args),
+        Task::Bench { args } => gate::bench(&args),
         Task::Install { prefix } => install::install(&prefix),
         Task::Uninstall { prefix } => install::uninstall(&prefix),
     };

@@ -26,7 +26,7 @@ use tokio::sync::Mutex;
 
 use crate::{
     AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, FencingKind, Geometry, IoClass, Presence,
-    Result, range,
+    Result, WritePermit, range,
 };
 
 /// The lock byte of slot 0: no image is that large.
@@ -79,6 +79,8 @@ impl OpenError {
     }
 }
 
+type Permit = Option<Arc<dyn WritePermit>>;
+
 /// What the blocking threads need.
 struct Inner {
     file: File,
@@ -104,8 +106,8 @@ impl Inner {
         Ok(bufs)
     }
 
-    fn write(&self, offset: u64, bufs: &[Arc<AlignedBuf>], fua: bool) -> io::Result<()> {
-        self.transfer(true, |file| sys::write(file, offset, bufs, fua))
+    fn write(&self, offset: u64, bufs: &[Arc<AlignedBuf>], fua: bool, permit: &Permit) -> io::Result<()> {
+        self.transfer(true, |file| sys::write(file, offset, bufs, fua, permit.as_deref()))
     }
 
     /// Under the lock of the sector. `Err` of the outer: nothing was written; of the inner: nobody knows (I9).
@@ -114,6 +116,7 @@ impl Inner {
         offset: u64,
         expect: &[u8],
         new: &[u8],
+        permit: &Permit,
     ) -> io::Result<std::result::Result<Caw, io::Error>> {
         let len = expect.len();
         if !sys::lock_within(&self.file, true, offset, len as u64, CAW_TIMEOUT)? {
@@ -122,7 +125,9 @@ impl Inner {
         let result = match self.read(offset, &[len]) {
             Err(e) => Err(e),
             Ok(found) if found[0][..] != *expect => Ok(Ok(Caw::Mismatch(found[0].to_vec()))),
-            Ok(_) => Ok(self.write(offset, &[Arc::new(AlignedBuf::copy_of(new))], false).map(|()| Caw::Written)),
+            Ok(_) => {
+                Ok(self.write(offset, &[Arc::new(AlignedBuf::copy_of(new))], false, permit).map(|()| Caw::Written))
+            }
         };
         sys::unlock(&self.file, offset, len as u64)?;
         result
@@ -140,6 +145,7 @@ pub struct ImageFile {
     caw: Vec<Arc<Mutex<()>>>,
     /// The slot whose lock byte this description holds.
     slot: Arc<Mutex<Option<u16>>>,
+    permit: parking_lot::Mutex<Permit>,
     stats: DeviceStats,
 }
 
@@ -182,7 +188,9 @@ impl ImageFile {
             other => (other.map_err(error)?, true),
         };
         let least = if kind.is_block_device() { sys::block_sector_size(&file).map_err(error)? } else { 512 };
-        let alignment = if accepted { sys::direct_alignment(&file) } else { None };
+        // Block devices are direct on kernels that do not tell, too: other hosts write past this one's page cache.
+        let told = || sys::direct_alignment(&file).or(kind.is_block_device().then_some(least));
+        let alignment = if accepted { told() } else { None };
         let sector_size = match wanted {
             Some(wanted) => wanted,
             None => alignment.filter(|a| *a <= 4096).unwrap_or(512).max(least).next_power_of_two(),
@@ -208,6 +216,7 @@ impl ImageFile {
             direct,
             caw: (0..CAW_SHARDS).map(|_| Arc::default()).collect(),
             slot: Arc::default(),
+            permit: parking_lot::Mutex::default(),
             stats: DeviceStats::default(),
         }))
     }
@@ -238,6 +247,10 @@ impl ImageFile {
         range::check(op, &self.geometry, offset, lens)
     }
 
+    fn permit(&self) -> Permit {
+        self.permit.lock().clone()
+    }
+
     fn check_writable(&self, op: &'static str, offset: u64, len: usize) -> Result<()> {
         if self.writable {
             return Ok(());
@@ -246,7 +259,14 @@ impl ImageFile {
     }
 }
 
+fn is_refusal(e: &io::Error) -> bool {
+    e.get_ref().is_some_and(|inner| inner.is::<sys::Refused>())
+}
+
 fn io_error(op: &'static str, offset: u64, len: usize, source: io::Error) -> DevError {
+    if is_refusal(&source) {
+        return DevError::Fenced;
+    }
     DevError::Io { op, offset, len, source: Arc::new(source) }
 }
 
@@ -271,7 +291,8 @@ impl BlockDevice for ImageFile {
         let total = self.check("write", offset, bufs.iter().map(|b| b.len()))?;
         self.check_writable("write", offset, total)?;
         self.stats.count_write(class, total);
-        self.blocking("write", offset, total, move |inner| inner.write(offset, &bufs, fua)).await
+        let permit = self.permit();
+        self.blocking("write", offset, total, move |inner| inner.write(offset, &bufs, fua, &permit)).await
     }
 
     async fn flush(&self, class: IoClass) -> Result<()> {
@@ -291,15 +312,18 @@ impl BlockDevice for ImageFile {
         self.stats.count_compare_and_write(sector);
         let shard = &self.caw[(offset / sector as u64) as usize % CAW_SHARDS];
         let guard = shard.clone().lock_owned().await;
-        let (expect, new) = (expect.to_vec(), new.to_vec());
+        let (expect, new, permit) = (expect.to_vec(), new.to_vec(), self.permit());
         let outcome = self
             .blocking(op, offset, sector, move |inner| {
-                let outcome = inner.compare_and_write(offset, &expect, &new);
+                let outcome = inner.compare_and_write(offset, &expect, &new, &permit);
                 drop(guard);
                 outcome
             })
             .await?;
         outcome.map_err(|error| {
+            if is_refusal(&error) {
+                return DevError::Fenced;
+            }
             tracing::warn!(offset, %error, "compare-and-write failed while writing");
             DevError::Unknown { op, offset, len: sector }
         })
@@ -325,6 +349,10 @@ impl BlockDevice for ImageFile {
             }
         })
         .await
+    }
+
+    fn set_permit(&self, permit: Arc<dyn WritePermit>) {
+        *self.permit.lock() = Some(permit);
     }
 
     async fn unregister(&self) -> Result<()> {
@@ -368,7 +396,9 @@ impl BlockDevice for ImageFile {
         if len == 0 {
             return Ok(());
         }
-        self.blocking(op, offset, short, move |inner| inner.transfer(true, |file| sys::punch(file, offset, len))).await
+        let permit = self.permit();
+        let punch = move |file: &File| sys::punch(file, offset, len, permit.as_deref());
+        self.blocking(op, offset, short, move |inner| inner.transfer(true, punch)).await
     }
 
     fn stats(&self) -> &DeviceStats {

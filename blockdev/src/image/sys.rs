@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::AlignedBuf;
+use crate::{AlignedBuf, WritePermit};
 
 /// The most iovecs that one call takes (IOV_MAX on Linux).
 const MAX_IOVECS: usize = 1024;
@@ -64,8 +64,20 @@ pub(super) fn read(file: &File, offset: u64, bufs: &mut [AlignedBuf]) -> io::Res
     Ok(())
 }
 
-/// Writes `bufs` from `offset`, with one call unless the kernel returns short; `fua`: durable on return.
-pub(super) fn write(file: &File, offset: u64, bufs: &[Arc<AlignedBuf>], fua: bool) -> io::Result<()> {
+/// Nothing was written: the permit is not valid any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the permit to write has ended")]
+pub(super) struct Refused;
+
+/// Writes `bufs` from `offset`, with one call unless the kernel returns short; `fua`: durable on return. The error is
+/// [`Refused`] without a `permit`.
+pub(super) fn write(
+    file: &File,
+    offset: u64,
+    bufs: &[Arc<AlignedBuf>],
+    fua: bool,
+    permit: Option<&dyn WritePermit>,
+) -> io::Result<()> {
     let parts: Vec<_> = bufs.iter().map(|b| (b.as_ptr().cast_mut(), b.len())).collect();
     let total: usize = parts.iter().map(|p| p.1).sum();
     let mut flags = if fua { libc::RWF_DSYNC } else { 0 };
@@ -73,6 +85,9 @@ pub(super) fn write(file: &File, offset: u64, bufs: &[Arc<AlignedBuf>], fua: boo
     while done < total {
         let iovecs = rest(&parts, done);
         let at = (offset + done as u64) as libc::off_t;
+        if permit.is_some_and(|p| !p.valid()) {
+            return Err(if done == 0 { io::Error::other(Refused) } else { ErrorKind::TimedOut.into() });
+        }
         let n = retry(|| {
             // SAFETY: the iovecs point into `bufs`, which live through the call and are only read.
             unsafe { libc::pwritev2(file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, at, flags) }
@@ -89,7 +104,10 @@ pub(super) fn write(file: &File, offset: u64, bufs: &[Arc<AlignedBuf>], fua: boo
 }
 
 /// Deallocates a range; not an error where the filesystem cannot.
-pub(super) fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+pub(super) fn punch(file: &File, offset: u64, len: u64, permit: Option<&dyn WritePermit>) -> io::Result<()> {
+    if permit.is_some_and(|p| !p.valid()) {
+        return Err(io::Error::other(Refused));
+    }
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     // SAFETY: plain system call on an open descriptor.
     let result = retry(|| unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, len as i64) as _ });

@@ -329,3 +329,31 @@ fn an_odd_tail_is_left_out() {
     ImageFile::create(&path, MIB + 700).unwrap();
     assert_eq!(ImageFile::open_with_sector_size(&path, OpenMode::ReadWrite, 4096).unwrap().geometry().size, MIB);
 }
+
+struct Switch(std::sync::atomic::AtomicBool);
+
+impl WritePermit for Switch {
+    fn valid(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+/// What was decided to be written while the permit was valid is not submitted after it has ended.
+#[tokio::test]
+async fn nothing_is_written_without_a_permit() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("img");
+    ImageFile::create(&path, 1 << 20).unwrap();
+    let dev = ImageFile::open(&path, OpenMode::ReadWrite).unwrap();
+    let sector = dev.geometry().sector_size as usize;
+    let permit = Arc::new(Switch(true.into()));
+    dev.set_permit(permit.clone());
+    let write = |byte: u8| dev.write(IoClass::Data, 0, Arc::new(AlignedBuf::copy_of(&vec![byte; sector])), false);
+    write(1).await.unwrap();
+    permit.0.store(false, std::sync::atomic::Ordering::SeqCst);
+    assert!(matches!(write(2).await, Err(DevError::Fenced)));
+    let swap = dev.compare_and_write(0, &vec![1; sector], &vec![3; sector]).await;
+    assert!(matches!(swap, Err(DevError::Fenced)));
+    assert!(matches!(dev.discard(0, 4096).await, Err(DevError::Fenced)));
+    assert_eq!(dev.read(IoClass::Data, 0, sector).await.unwrap()[..], vec![1; sector]);
+}

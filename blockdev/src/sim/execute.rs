@@ -36,7 +36,8 @@ impl State {
         let extent = req.extent();
         match req {
             Req::Read { offset, lens } => {
-                if !raw && (self.faults.read_is_bad(&extent) || self.chance(rates.read_error)) {
+                let fails = self.nodes[node].reads_fail || self.faults.read_is_bad(&extent);
+                if !raw && (fails || self.chance(rates.read_error)) {
                     return Err(req.eio());
                 }
                 let mut at = *offset;

@@ -94,6 +94,11 @@ impl SimNode {
         self.disk.state.lock().cut(self.id, cut);
     }
 
+    /// All reads of this node fail with EIO from here on, or no longer; its writes work.
+    pub fn fail_all_reads(&self, fail: bool) {
+        self.disk.state.lock().nodes[self.id].reads_fail = fail;
+    }
+
     /// Hangs the node: its operations wait until it is let go, and then proceed (or are refused, if it was fenced
     /// meanwhile). What was in flight takes effect in the meantime, late perhaps.
     pub fn hang(&self, hang: bool) {

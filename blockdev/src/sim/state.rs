@@ -53,6 +53,7 @@ pub(super) struct NodeState {
     pub(super) issued: BTreeMap<OpKind, u64>,
     /// The device lost power since this node's last flush.
     pub(super) cache_lost: bool,
+    pub(super) reads_fail: bool,
     /// Tests' direct access: no latency, no faults, everything durable.
     pub(super) raw: bool,
 }
@@ -112,6 +113,7 @@ impl State {
             crash_in: None,
             issued: BTreeMap::new(),
             cache_lost: false,
+            reads_fail: false,
             raw,
         });
         self.nodes.len() - 1

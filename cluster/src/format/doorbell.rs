@@ -8,8 +8,18 @@ use super::{FormatError, begin, open, put, seal, u16_at, u32_at, u64_at};
 
 const MAGIC: &[u8; 4] = b"CDBL";
 const REQUESTS: usize = 40;
+const LOOK: u8 = 3;
 /// Requests that fit into a cell.
 pub(crate) const MAX_REQUESTS: usize = 40;
+
+/// What is asked of the receiver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// Give the lock up, or lower it.
+    Want(Mode),
+    /// Look at what the sender changed under the lock.
+    Look,
+}
 
 /// ```text
 ///   0  4  magic "CDBL"
@@ -22,7 +32,7 @@ pub(crate) const MAX_REQUESTS: usize = 40;
 ///  24  8  counter, +1 per write of this cell in the sender's life
 ///  32  2  receiver's slot
 ///  34     zero
-///  40  8  each request: 4 number, 1 kind (0 domain, 1 group), 1 mode (1 shared, 2 exclusive), 2 zero
+///  40  8  each request: 4 number, 1 kind (0 domain, 1 group), 1 what (1 wanted shared, 2 wanted exclusive, 3 look), 2 zero
 /// 496 16  checksum
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +41,7 @@ pub(crate) struct Doorbell {
     pub sender: NodeId,
     pub receiver: NodeId,
     pub counter: u64,
-    pub requests: Vec<(LockId, Mode)>,
+    pub requests: Vec<(LockId, Asked)>,
 }
 
 impl Doorbell {
@@ -44,14 +54,23 @@ impl Doorbell {
         put(&mut r, 32, &self.receiver.slot.to_le_bytes());
         let requests = &self.requests[..self.requests.len().min(MAX_REQUESTS)];
         r[5] = requests.len() as u8;
-        for (i, (id, mode)) in requests.iter().enumerate() {
+        for (i, (id, asked)) in requests.iter().enumerate() {
             let (kind, number) = kind_of(*id);
             let at = REQUESTS + 8 * i;
             put(&mut r, at, &number.to_le_bytes());
             r[at + 4] = kind;
-            r[at + 5] = mode_bits(Some(*mode));
+            r[at + 5] = match asked {
+                Asked::Want(mode) => mode_bits(Some(*mode)),
+                Asked::Look => LOOK,
+            };
         }
         seal(r, stride)
+    }
+
+    /// The incarnation of `sender` that wrote a cell, whoever it was for.
+    pub fn sent_by(sector: &[u8], volume: u64, sender: Slot) -> Option<Incarnation> {
+        let r = open(sector, MAGIC, volume).ok()?;
+        (u16_at(&r, 6) == sender).then(|| u32_at(&r, 16))
     }
 
     pub fn decode(
@@ -73,8 +92,11 @@ impl Doorbell {
         for i in 0..count {
             let at = REQUESTS + 8 * i;
             let id = id_of(r[at + 4], u32_at(&r, at)).ok_or(FormatError::Invalid("kind"))?;
-            let mode = mode_of(r[at + 5])?.ok_or(FormatError::Invalid("mode"))?;
-            requests.push((id, mode));
+            let asked = match r[at + 5] {
+                LOOK => Asked::Look,
+                mode => Asked::Want(mode_of(mode)?.ok_or(FormatError::Invalid("mode"))?),
+            };
+            requests.push((id, asked));
         }
         let sender = NodeId { slot: sender, incarnation: u32_at(&r, 16) };
         Ok(Self { volume, sender, receiver, counter: u64_at(&r, 24), requests })
@@ -124,21 +146,22 @@ mod tests {
             receiver: NodeId { slot: 3, incarnation: 4 },
             counter: 5,
             requests: (0..n)
-                .map(
-                    |i| {
-                        if i % 2 == 0 { (LockId::Domain(i), Mode::Exclusive) } else { (LockId::Group(i), Mode::Shared) }
-                    },
-                )
+                .map(|i| match i % 3 {
+                    0 => (LockId::Domain(i), Asked::Want(Mode::Exclusive)),
+                    1 => (LockId::Group(i), Asked::Want(Mode::Shared)),
+                    _ => (LockId::Domain(i), Asked::Look),
+                })
                 .collect(),
         }
     }
 
     #[test]
     fn golden_bytes() {
-        let b = sample(2).encode(512);
-        assert_eq!(&b[..16], b"CDBL\x01\x02\x01\x00\x09\x00\x00\x00\x00\x00\x00\x00");
+        let b = sample(3).encode(512);
+        assert_eq!(&b[..16], b"CDBL\x01\x03\x01\x00\x09\x00\x00\x00\x00\x00\x00\x00");
         assert_eq!(&b[16..34], &[2, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 3, 0]);
-        assert_eq!(&b[40..57], &[0, 0, 0, 0, 0, 2, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0]);
+        assert_eq!(&b[40..56], &[0, 0, 0, 0, 0, 2, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0]);
+        assert_eq!(&b[56..65], &[2, 0, 0, 0, 0, 3, 0, 0, 0]);
     }
 
     #[test]

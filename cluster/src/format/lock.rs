@@ -12,7 +12,7 @@ const ENTRIES: usize = 96;
 const ENTRY: usize = 6;
 
 /// One slot's part in a lock. It counts only while its incarnation has not ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Entry {
     pub incarnation: Incarnation,
     pub held: Option<Mode>,
@@ -44,7 +44,7 @@ pub struct Entry {
 /// 480     zero
 /// 496 16  checksum
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LockBlock {
     pub volume: u64,
     pub id: LockId,

@@ -5,12 +5,14 @@
 //! misdirected or foreign sector is never taken for a record. Decoding is strict: a record that would not be encoded to
 //! the same bytes again is damaged, so a decoded record can stand for its sector in a compare-and-write.
 
+mod cell;
 mod doorbell;
 mod heartbeat;
 mod lock;
 mod slot;
 
-pub(crate) use doorbell::{Doorbell, MAX_REQUESTS};
+pub(crate) use cell::{Cell, CellState};
+pub(crate) use doorbell::{Asked, Doorbell, MAX_REQUESTS};
 pub(crate) use heartbeat::Heartbeat;
 pub use lock::{Entry, LockBlock, initial_lock_block};
 pub use slot::{LastEnd, SlotBlock, SlotState, initial_slot_block};

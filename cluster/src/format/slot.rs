@@ -8,7 +8,7 @@ const MAGIC: &[u8; 4] = b"CSLT";
 pub(crate) const TEXT: usize = 64;
 
 /// What a slot is being used for. `docs/LOCKS.md` has the table of who moves it between which states.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SlotState {
     /// Nobody's; the block's incarnation has ended.
     Free,
@@ -49,10 +49,11 @@ pub enum LastEnd {
 ///  56  8  zero
 ///  64 64  host name, UTF-8
 /// 128 64  hint address
-/// 192     zero
+/// 192  4  latest incarnation that an adopter took, 0 if none ever did
+/// 196     zero
 /// 496 16  checksum
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SlotBlock {
     pub volume: u64,
     pub slot: Slot,
@@ -62,6 +63,8 @@ pub struct SlotBlock {
     pub incarnation: Incarnation,
     pub last_ended: Incarnation,
     pub clean_ends: u64,
+    /// The latest incarnation that an adopter took, whether it ever lived or not: it is not used again (I8).
+    pub adopter: Incarnation,
     pub host_name: String,
     pub address: Vec<u8>,
 }
@@ -91,6 +94,7 @@ impl SlotBlock {
         r[55] = address.len() as u8;
         put(&mut r, 64, host);
         put(&mut r, 128, address);
+        put(&mut r, 192, &self.adopter.to_le_bytes());
         seal(r, stride)
     }
 
@@ -120,6 +124,7 @@ impl SlotBlock {
             incarnation: u32_at(&r, 32),
             last_ended: u32_at(&r, 36),
             clean_ends: u64_at(&r, 40),
+            adopter: u32_at(&r, 192),
             host_name: String::from_utf8(text(64, r[54])?).map_err(|_| FormatError::Invalid("host name"))?,
             address: text(128, r[55])?,
         };
@@ -139,7 +144,7 @@ impl SlotBlock {
             return Err(FormatError::Invalid("ended incarnation"));
         }
         // Headroom: a counter that could overflow is damage, not age.
-        if self.seq >= u64::MAX / 2 || self.incarnation >= u32::MAX / 2 {
+        if self.seq >= u64::MAX / 2 || self.incarnation.max(self.adopter) >= u32::MAX / 2 {
             return Err(FormatError::Invalid("counter"));
         }
         match self.state {
@@ -193,6 +198,7 @@ pub fn initial_slot_block(layout: &Layout, slot: Slot) -> Vec<u8> {
         incarnation: 0,
         last_ended: 0,
         clean_ends: 0,
+        adopter: 0,
         host_name: String::new(),
         address: Vec::new(),
     };
@@ -219,6 +225,7 @@ mod tests {
             incarnation: 5,
             last_ended: 4,
             clean_ends: 0b101,
+            adopter: 6,
             host_name: "mail1".into(),
             address: b"10.0.0.1:7000".to_vec(),
         }
@@ -233,6 +240,7 @@ mod tests {
         assert_eq!(&b[32..56], &[5, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 2, 0, 5, 13]);
         assert_eq!(&b[64..70], b"mail1\0");
         assert_eq!(&b[128..142], b"10.0.0.1:7000\0");
+        assert_eq!(&b[192..197], &[6, 0, 0, 0, 0]);
         assert_eq!(b[496..512], blake3::hash(&b[..496]).as_bytes()[..16]);
     }
 

@@ -171,7 +171,7 @@ async fn a_hint_alone_grants_nothing_and_forged_ones_are_dropped() {
             receiver,
             counter,
             id: D,
-            wanted: Some(Mode::Exclusive),
+            news: crate::hints::News::Wanted(Mode::Exclusive),
         };
         hint.encode(&key)
     };

@@ -21,7 +21,18 @@ pub fn layout(nodes: u16) -> Layout {
     let heartbeats = slots + n * stride;
     let doorbells = heartbeats + n * stride;
     let locks = doorbells + n * n * stride;
-    Layout { volume: 77, stride, nodes, slots, heartbeats, doorbells, locks, groups: GROUPS, domains: DOMAINS }
+    Layout {
+        volume: 77,
+        stride,
+        nodes,
+        slots,
+        heartbeats,
+        doorbells,
+        locks,
+        groups: GROUPS,
+        domains: DOMAINS,
+        plain: None,
+    }
 }
 
 /// One volume, its device and network.
@@ -235,6 +246,17 @@ impl World {
 
     pub async fn fenced_by(nodes: u16, seed: u64, fencing: FencingKind) -> Self {
         Self::with(nodes, seed, |cfg| cfg.fencing = fencing).await
+    }
+
+    /// A volume that is locked without compare-and-write.
+    pub async fn plain(nodes: u16, seed: u64, change: impl FnOnce(&mut SimConfig)) -> Self {
+        let mut w = Self::with(nodes, seed, |cfg| {
+            cfg.fencing = FencingKind::None;
+            change(cfg);
+        })
+        .await;
+        w.layout.plain = Some(512 << 10);
+        w
     }
 
     pub async fn with(nodes: u16, seed: u64, change: impl FnOnce(&mut SimConfig)) -> Self {

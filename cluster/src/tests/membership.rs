@@ -161,3 +161,59 @@ async fn dropping_a_node_ends_its_tasks() {
     assert_eq!(dev.stats().snapshot(), before);
     assert!(b.node.is_live());
 }
+
+/// Puts a slot block that no node wrote.
+async fn damage(w: &World, slot: Slot, change: impl FnOnce(&mut SlotBlock)) {
+    let mut b = w.slot(slot);
+    b.seq += 1;
+    change(&mut b);
+    put(&*w.disk.open_raw(), w.layout.slot_block(slot), b.encode(512)).await;
+}
+
+fn named(e: Option<ClusterError>, part: &str) {
+    assert!(matches!(&e, Some(ClusterError::Damaged { what, .. }) if what.contains(part)), "{e:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_of_a_life_that_never_was_is_damage_and_nothing_to_wait_for() {
+    let w = World::new(3, 41).await;
+    let a = w.peer().await;
+    let holder = NodeId { slot: 2, incarnation: 7 };
+    let beyond = NodeId { slot: 9, incarnation: 1 };
+    for (id, node) in [(D, holder), (LockId::Domain(4), beyond)] {
+        let mut b = w.lock(id);
+        let held = Some(Mode::Exclusive);
+        let entry = Entry { incarnation: node.incarnation, held, wanted: None, ticket: 0, open: false };
+        b.entries.insert(node.slot, entry);
+        put(&*w.disk.open_raw(), w.layout.lock_block(id).unwrap(), b.encode(512)).await;
+        let waited = tokio::time::timeout(Duration::from_secs(60), a.node.acquire(id, Mode::Shared)).await;
+        named(waited.unwrap().err(), &node.to_string());
+    }
+    // One that our table does not know yet is looked up.
+    let b = w.peer().await;
+    b.take(LockId::Domain(5), Mode::Exclusive).await;
+    a.take(LockId::Domain(5), Mode::Exclusive).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_that_nobody_does_is_damage_and_nothing_to_wait_for() {
+    let by = |slot, incarnation| SlotState::Recovering { by: NodeId { slot, incarnation } };
+    for circle in [false, true] {
+        let w = World::new(4, 42).await;
+        let (a, b) = (w.peer().await, w.peer().await);
+        b.take(D, Mode::Exclusive).await;
+        let victim = b.crash();
+        match circle {
+            false => damage(&w, victim.slot, |s| s.state = by(3, 5)).await,
+            true => {
+                let c = w.peer().await.crash();
+                damage(&w, victim.slot, |s| s.state = by(c.slot, c.incarnation)).await;
+                damage(&w, c.slot, |s| s.state = by(victim.slot, victim.incarnation)).await;
+            }
+        }
+        let waited = tokio::time::timeout(Duration::from_secs(60), a.node.acquire(D, Mode::Shared)).await;
+        named(waited.unwrap().err(), "slot 1");
+        let infos = read_slots(&*a.dev, &w.layout, Duration::from_secs(3)).await.unwrap();
+        named(infos[1].block.clone().err(), "slot 1");
+    }
+}

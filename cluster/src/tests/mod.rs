@@ -4,5 +4,6 @@ mod contention;
 mod harness;
 mod locking;
 mod membership;
+mod plain;
 mod takeover;
 mod transitions;

@@ -246,6 +246,21 @@ async fn membership_survives_unknown_outcomes() {
     }
 }
 
+/// An unmount is not kept waiting for a compare-and-write of long ago.
+#[tokio::test(start_paused = true)]
+async fn unknown_outcomes_do_not_delay_leaving() {
+    use blockdev::sim::FaultRates;
+    let w = World::new(2, 92).await;
+    let a = w.peer().await;
+    w.disk.set_rates(FaultRates { caw_unknown: 0.9, ..FaultRates::default() });
+    a.take(D, Mode::Exclusive).await;
+    w.disk.set_rates(FaultRates::default());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let start = Instant::now();
+    a.node.leave().await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_same_seed_gives_the_same_run() {
     async fn run() -> u64 {
@@ -287,4 +302,23 @@ async fn a_damaged_slot_block_is_told_to_who_waits_for_its_node() {
     raw.write(IoClass::Meta, at, Arc::new(AlignedBuf::zeroed(512)), true).await.unwrap();
     let err = b.node.acquire(D, Mode::Shared).await.unwrap_err();
     assert!(matches!(err, ClusterError::Damaged { offset, .. } if offset == at), "{err}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_can_read_nothing_for_a_lease_ends_and_the_others_go_on() {
+    let w = World::new(4, 77).await;
+    let dev = w.disk.open("deaf");
+    let (a, b) = (w.peer_on(dev.clone(), Options::default()).await.unwrap(), w.peer().await);
+    a.take(D, Mode::Exclusive).await;
+    dev.fail_all_reads(true);
+    tokio::time::sleep(w.timeouts.lease() / 2).await;
+    dev.fail_all_reads(false);
+    tokio::time::sleep(w.timeouts.lease()).await;
+    assert!(a.node.is_live(), "shorter than a lease it is nothing");
+    dev.fail_all_reads(true);
+    let start = Instant::now();
+    b.take(D, Mode::Exclusive).await;
+    let took = start.elapsed();
+    assert!(took < w.timeouts.lease() + 4 * w.timeouts.heartbeat(), "{took:?}");
+    assert!(!a.node.is_live());
 }

@@ -27,6 +27,7 @@ fn slot_block(slot: Slot, ended: Option<bool>) -> SlotBlock {
         incarnation: 1,
         last_ended: u32::from(ended.is_some()),
         clean_ends: u64::from(ended == Some(true)),
+        adopter: 0,
         host_name: String::new(),
         address: vec![],
     }
@@ -239,4 +240,18 @@ proptest! {
             b = new;
         }
     }
+}
+
+/// Found by the model check: the incarnation of a dead adopter was forgotten with its recoverer, and given out again.
+#[test]
+fn an_adopters_incarnation_is_not_used_again_whoever_recovers() {
+    use crate::transitions::{adopting, claimed, recovered, recovering};
+    let adopting = adopting(&slot_block(0, None), 1);
+    assert_eq!(adopting.state, SlotState::Adopting { next: 2 });
+    let by_one = recovering(&adopting, node(1), 2);
+    // It dies; another one goes on.
+    let by_two = recovering(&by_one, node(2), 3);
+    let free = recovered(&by_one, &by_two, 4);
+    assert_eq!((free.state, free.last_ended), (SlotState::Free, 2));
+    assert_eq!(claimed(&free, 5).incarnation, 3);
 }

@@ -9,7 +9,7 @@
 mod bits;
 mod group;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use cluster::{LockId, Mode};
@@ -76,11 +76,20 @@ pub struct Inner {
     reserved: u64,
     /// Freed blocks that may be used again once the record is durable.
     pending: VecDeque<(RecordNo, Extent)>,
+    /// Groups about to be given up: they back no more promises.
+    leaving: BTreeSet<u32>,
 }
 
 impl Allocator {
     pub fn new(layout: VolumeLayout) -> Self {
-        let inner = Inner { layout, groups: BTreeMap::new(), current: 0, reserved: 0, pending: VecDeque::new() };
+        let inner = Inner {
+            layout,
+            groups: BTreeMap::new(),
+            current: 0,
+            reserved: 0,
+            pending: VecDeque::new(),
+            leaving: BTreeSet::new(),
+        };
         Self { layout, inner: Mutex::new(inner) }
     }
 
@@ -98,14 +107,22 @@ impl Allocator {
     /// The group is being given up: no allocation from it any more. Returns its free blocks.
     pub fn remove(&self, number: u32) -> Option<u64> {
         let mut i = self.inner.lock();
+        i.leaving.remove(&number);
         let group = i.groups.remove(&number)?;
         let extent = self.layout.group_extent(number);
         i.pending.retain(|(_, e)| !(extent.start <= e.start && e.start < extent.end()));
         Some(group.free_on_disk())
     }
 
-    pub fn has(&self, number: u32) -> bool {
-        self.inner.lock().groups.contains_key(&number)
+    /// Whether the group is held, and not about to be given up.
+    pub fn keeps(&self, number: u32) -> bool {
+        let i = self.inner.lock();
+        i.groups.contains_key(&number) && !i.leaving.contains(&number)
+    }
+
+    /// Blocks that can be promised.
+    pub fn unpromised(&self) -> u64 {
+        self.inner.lock().unpromised()
     }
 
     /// Free blocks in the held groups, without `except`.
@@ -136,12 +153,18 @@ impl Allocator {
     /// Promises `blocks` to contents waiting in memory; false if the held groups do not have them.
     pub fn reserve(&self, blocks: u64) -> bool {
         let mut i = self.inner.lock();
-        let usable: u64 = i.groups.values().map(|g| self.usable(g.free(), Purpose::Grow)).sum();
-        let ok = usable >= i.reserved + blocks;
+        let ok = i.unpromised() >= blocks;
         if ok {
             i.reserved += blocks;
         }
         ok
+    }
+
+    /// The group is about to be given up: it backs no promises from here on. True if those made so far are backed by the others.
+    pub fn begin_leaving(&self, group: u32) -> bool {
+        let mut i = self.inner.lock();
+        i.leaving.insert(group);
+        i.backing() >= i.reserved
     }
 
     pub fn unreserve(&self, blocks: u64) {
@@ -162,6 +185,11 @@ impl Allocator {
     /// Up to `want` consecutive blocks, at `goal` if that is free. The ticket keeps the group until installation.
     pub fn take(&self, want: u64, goal: Option<u64>, purpose: Purpose) -> Option<(Extent, Ticket)> {
         let mut i = self.inner.lock();
+        // What was promised to contents in memory is theirs.
+        let want = if purpose == Purpose::Grow { want.min(i.unpromised()) } else { want };
+        if want == 0 {
+            return None;
+        }
         let start = goal.and_then(|b| self.layout.group_of(b)).unwrap_or(i.current);
         let order: Vec<u32> = i.groups.range(start..).chain(i.groups.range(..start)).map(|(n, _)| *n).collect();
         let keeps = purpose.keeps(self.layout.group_blocks.into());
@@ -222,6 +250,17 @@ impl Allocator {
 }
 
 impl Inner {
+    /// Blocks for contents in the groups that stay.
+    fn backing(&self) -> u64 {
+        let keeps = Purpose::Grow.keeps(self.layout.group_blocks.into());
+        let staying = self.groups.iter().filter(|(n, _)| !self.leaving.contains(n));
+        staying.map(|(_, g)| g.free().saturating_sub(keeps)).sum()
+    }
+
+    fn unpromised(&self) -> u64 {
+        self.backing().saturating_sub(self.reserved)
+    }
+
     fn set_busy(&mut self, e: Extent, busy: bool) {
         let Some(n) = self.layout.group_of(e.start) else { return };
         let first = self.layout.group_extent(n).start;

@@ -1,6 +1,7 @@
 //! The items of one domain, in the order of keys: inodes, contents, names.
 
 use crate::format::domain::DomainHeader;
+use crate::format::file_lock;
 use crate::format::item::{
     Dirent, ExtentItem, INDEX_BITS, INDEX_MAX, INLINE_MAX, Inode, Key, Kind, LOCAL_BITS, PIECE_MAX, decode_xattr_piece,
     ino, ino_domain, ino_local, name_cookie, xattr_offset,
@@ -75,6 +76,7 @@ pub(super) struct DomainCheck {
     inodes: Vec<Summary>,
     names: Vec<LocalName>,
     orphans: Vec<u64>,
+    file_locks: u64,
 }
 
 /// What all domains together are checked against.
@@ -82,6 +84,15 @@ pub(super) struct Shared<'a> {
     pub space: &'a mut Space,
     pub links: &'a mut Links,
     pub report: &'a mut Report,
+}
+
+impl Shared<'_> {
+    /// A domain in which something is wrong, if there are more violations than there were.
+    pub fn mark(&mut self, before: u64, domain: u32) {
+        if self.report.violation_count != before {
+            self.report.damaged.insert(domain);
+        }
+    }
 }
 
 impl DomainCheck {
@@ -94,6 +105,7 @@ impl DomainCheck {
             inodes: Vec::new(),
             names: Vec::new(),
             orphans: Vec::new(),
+            file_locks: 0,
         }
     }
 
@@ -153,6 +165,12 @@ impl DomainCheck {
             k if k == Kind::Leftover as u8 && self.slot_domain => {
                 if key.offset >= u64::from(space.layout.domains) {
                     report.violation(place(), format!("says that domain {} has leftovers: there is none", key.offset));
+                }
+            }
+            k if k == Kind::FileLock as u8 => {
+                self.file_locks += 1;
+                if let Err(e) = file_lock::decode(value) {
+                    report.violation(place(), format!("file lock {}: {e}", key.offset));
                 }
             }
             k => report.violation(place(), format!("record of kind {k} does not belong here")),
@@ -406,6 +424,10 @@ impl DomainCheck {
                 format!("its header counts {} orphans, it has {}", header.orphans, self.orphans.len()),
             );
         }
+        if header.file_locks != self.file_locks {
+            let text = format!("its header counts {} file locks, it has {}", header.file_locks, self.file_locks);
+            report.violation(place, text);
+        }
         report.orphans += self.orphans.len() as u64;
         for o in &self.orphans {
             let found = self.inodes.binary_search_by_key(o, |i| i.local).ok().and_then(|at| self.inodes.get(at));
@@ -427,6 +449,6 @@ impl DomainCheck {
 }
 
 /// An inode, named so that it can be found: by number as stat shows it, and by its place.
-pub(super) fn inode_text(number: u64) -> String {
+pub(crate) fn inode_text(number: u64) -> String {
     format!("inode {number} (domain {}, number {})", ino_domain(number), ino_local(number))
 }

@@ -34,6 +34,7 @@ pub(super) async fn read(
             Ok(s) => s,
             Err(e) => {
                 report.violation(format!("journal of slot {slot}"), e);
+                report.bad_journals.push(slot);
                 good &= dead.is_none();
                 continue;
             }
@@ -49,6 +50,7 @@ pub(super) async fn read(
             }
             Err(e) => {
                 report.violation(format!("journal of slot {slot}"), e);
+                report.bad_journals.push(slot);
                 good = false;
             }
         }

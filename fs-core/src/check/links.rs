@@ -18,7 +18,7 @@ const MAX_SUSPECTS: usize = 2000;
 
 /// A name whose inode may lie in another domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct External {
+pub(crate) struct External {
     pub target: u64,
     pub parent: u64,
     pub cookie: u64,
@@ -26,7 +26,7 @@ pub(super) struct External {
 }
 
 /// An inode whose own domain does not have as many names for it as it should have.
-pub(super) struct Need {
+pub(crate) struct Need {
     pub ino: u64,
     pub names: u32,
     pub seen: u32,
@@ -35,7 +35,7 @@ pub(super) struct Need {
 }
 
 /// A directory that is not removed.
-pub(super) struct Dir {
+pub(crate) struct Dir {
     pub ino: u64,
     pub parent: u64,
 }
@@ -49,18 +49,21 @@ enum Wrong {
 
 /// Collected over all domains; its size goes with the names that cross domains, and with the directories.
 #[derive(Default)]
-pub(super) struct Links {
+pub(crate) struct Links {
     pub external: Vec<External>,
     pub needs: Vec<Need>,
     pub dirs: Vec<Dir>,
     /// Domains of which a part could not be read: what is missing there is not reported again.
     pub broken: BTreeSet<u32>,
+    /// Domains that have such a name, or the inode that it leads to.
+    pub damaged: BTreeSet<u32>,
     suspects: Vec<(External, Wrong)>,
     suspects_dropped: u64,
 }
 
 impl Links {
     fn suspect(&mut self, name: External, wrong: Wrong) {
+        self.damaged.extend([ino_domain(name.parent), ino_domain(name.target)]);
         if self.suspects.len() < MAX_SUSPECTS {
             self.suspects.push((name, wrong));
         } else {
@@ -105,6 +108,7 @@ impl Links {
             if seen > need.names.into() || (seen < need.names.into() && self.broken.is_empty()) {
                 let text = format!("should have {} names, has {seen}", need.names);
                 report.violation(inode_text(need.ino), text);
+                self.damaged.insert(ino_domain(need.ino));
             }
         }
         self.surplus(rest, r, headers, report).await;
@@ -121,6 +125,7 @@ impl Links {
         }
         report.violation_count += self.suspects_dropped;
         self.walk(report);
+        report.damaged.append(&mut self.damaged);
     }
 
     async fn surplus(&mut self, names: &[External], r: &Reader, headers: &[(u32, u64)], report: &mut Report) {
@@ -130,6 +135,7 @@ impl Links {
                 continue;
             }
             if !report.has_room() || self.suspects.len() >= MAX_SUSPECTS {
+                self.damaged.extend([ino_domain(name.parent), ino_domain(name.target)]);
                 self.suspects_dropped += 1;
                 continue;
             }
@@ -139,6 +145,7 @@ impl Links {
                     if last != Some(name.target) {
                         let text = format!("has more names than its {} links", i.links);
                         report.violation(inode_text(name.target), text);
+                        self.damaged.insert(ino_domain(name.target));
                     }
                 }
                 None => self.missing(*name),
@@ -154,6 +161,7 @@ impl Links {
         let find = |ino: u64| dirs.binary_search_by_key(&ino, |d| d.ino).ok();
         if find(ROOT_INO).is_none() && !self.broken.contains(&ino_domain(ROOT_INO)) {
             report.violation("volume", "has no root directory");
+            self.damaged.insert(ino_domain(ROOT_INO));
         }
         // 0 not seen, 1 on the way now, 2 done
         let mut state = vec![0u8; dirs.len()];
@@ -165,7 +173,10 @@ impl Links {
                     Some(s @ 0) => *s = 1,
                     Some(1) => {
                         let text = "is its own ancestor: nothing leads to it from the root";
-                        report.violation(dirs.get(at).map_or_else(String::new, |d| inode_text(d.ino)), text);
+                        if let Some(d) = dirs.get(at) {
+                            report.violation(inode_text(d.ino), text);
+                            self.damaged.extend([ino_domain(d.ino), ino_domain(d.parent)]);
+                        }
                         break;
                     }
                     _ => break,
@@ -175,6 +186,7 @@ impl Links {
                 if d.ino == ROOT_INO {
                     if d.parent != ROOT_INO {
                         report.violation("root directory", format!("has a parent: {}", inode_text(d.parent)));
+                        self.damaged.insert(ino_domain(d.ino));
                     }
                     break;
                 }
@@ -182,6 +194,7 @@ impl Links {
                 if next.is_none() && !self.broken.contains(&ino_domain(d.parent)) {
                     let text = format!("its parent, {}, is not a directory that is there", inode_text(d.parent));
                     report.violation(inode_text(d.ino), text);
+                    self.damaged.insert(ino_domain(d.ino));
                 }
             }
             for at in way.drain(..) {
@@ -203,7 +216,7 @@ async fn root(r: &Reader, headers: &[(u32, u64)], domain: u32) -> Option<Root> {
     Some(Root { block: h.root, levels: h.levels, nodes: h.nodes })
 }
 
-async fn lookup(r: &Reader, headers: &[(u32, u64)], number: u64) -> Option<Inode> {
+pub(crate) async fn lookup(r: &Reader, headers: &[(u32, u64)], number: u64) -> Option<Inode> {
     let domain = ino_domain(number);
     let root = root(r, headers, domain).await?;
     let key = Key::new(ino_local(number), Kind::Inode, 0);

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, IoClass};
-use cluster::{LockBlock, LockId, NodeId, SlotBlock, SlotState};
+use blockdev::{BlockDevice, DevError, IoClass};
+use cluster::{LockBlock, LockId, NodeId, Slot, SlotBlock, SlotState};
 
 use super::reader::Reader;
 use super::report::{Progress, Report};
@@ -29,8 +29,17 @@ pub(super) async fn superblock(dev: &Arc<dyn BlockDevice>, report: &mut Report) 
         Err(e) => {
             // The copy is in the volume's last block, which is the device's unless that is larger.
             let copy = dev.read(IoClass::Meta, (size / BLOCK - 1) * BLOCK, BLOCK as usize).await?;
-            let Ok(sb) = Superblock::decode(&copy) else { return Err(e.into()) };
-            report.violation("superblock, block 0", format!("{e}; its copy in block {} is used", size / BLOCK - 1));
+            let at = size / BLOCK - 1;
+            let sb = match (Superblock::decode(&copy), &e) {
+                (Ok(sb), _) => sb,
+                (Err(SuperblockError::Damaged(why)), SuperblockError::Damaged(first)) => {
+                    return Err(CheckError::NoSuperblock { why: first.clone(), copy: at, copy_why: why });
+                }
+                _ => return Err(e.into()),
+            };
+            let e = e.to_string();
+            let e = e.trim_end_matches(super::ADVICE);
+            report.violation("superblock, block 0", format!("{e}; its copy in block {at} is used"));
             return Ok(sb);
         }
     };
@@ -54,8 +63,21 @@ pub(super) async fn superblock(dev: &Arc<dyn BlockDevice>, report: &mut Report) 
 pub(super) struct Slots {
     /// Slots whose block is readable.
     pub blocks: BTreeMap<u16, SlotBlock>,
-    /// Nodes that died and were not recovered.
+    /// Nodes that died and were not recovered; of a slot whose block is damaged, the last one that left a trace.
     pub dead: Vec<NodeId>,
+}
+
+/// The last node of a slot whose block cannot be read, by the traces that it left; incarnation 0 if none ever did.
+async fn last_trace(r: &Reader, sb: &Superblock, slot: Slot) -> Result<NodeId, DevError> {
+    let layout = sb.layout();
+    let seen = cluster::traces(r.dev.as_ref(), &layout.cluster(), slot).await?;
+    let opened = journal::last_opened_by(&r.dev, layout.journal(slot)).await.unwrap_or(0);
+    Ok(NodeId { slot, incarnation: seen.max(opened) })
+}
+
+fn mounted(slot: Slot, block: Option<&SlotBlock>) -> CheckError {
+    let host = block.map_or("", |b| &b.host_name);
+    CheckError::Mounted { slot, host: if host.is_empty() { "a host without a name".into() } else { host.into() } }
 }
 
 /// Reads the slot blocks. Refuses a volume that a node has mounted.
@@ -70,22 +92,34 @@ pub(super) async fn slots(r: &Reader, sb: &Superblock, report: &mut Report) -> R
             Vec::new()
         }
     };
+    for at in cluster::damaged_cells(r.dev.as_ref(), &layout).await? {
+        report.violation(format!("cell at byte {at}"), "is damaged: nodes cannot take locks by way of it");
+    }
     let mut slots = Slots { blocks: BTreeMap::new(), dead: Vec::new() };
     for info in infos {
+        if info.alive == Some(true) {
+            return Err(mounted(info.slot, info.block.as_ref().ok()));
+        }
         let block = match info.block {
             Ok(b) => b,
             Err(e) => {
-                report.violation(format!("slot {}", info.slot), e);
+                let text = match e {
+                    cluster::ClusterError::Damaged { what, offset } => format!("{what} at byte {offset} is damaged"),
+                    e => e.to_string(),
+                };
+                report.violation(format!("slot {}", info.slot), text);
+                let last = last_trace(r, sb, info.slot).await?;
+                report.lost_slots.push(last);
+                if last.incarnation > 0 {
+                    report.note(format!(
+                        "slot {}: its last node was {last}, which is taken for dead: its journal counts",
+                        info.slot
+                    ));
+                    slots.dead.push(last);
+                }
                 continue;
             }
         };
-        if info.alive == Some(true) {
-            let host = match block.host_name.is_empty() {
-                true => "a host without a name".into(),
-                false => block.host_name.clone(),
-            };
-            return Err(CheckError::Mounted { slot: info.slot, host });
-        }
         if block.state != SlotState::Free {
             let dead = NodeId { slot: block.slot, incarnation: block.incarnation };
             report.note(format!(

@@ -13,17 +13,19 @@
 //! domains only the names whose inodes are elsewhere and the directories. A volume can be any garbage: sizes are taken from
 //! what was verified and from the device, work is bounded by the number of blocks.
 
+pub(crate) mod blocks;
 mod domain;
 mod journals;
-mod links;
+pub(crate) mod links;
 mod members;
-mod reader;
+pub(crate) mod reader;
 mod report;
 mod space;
 #[cfg(test)]
 mod tests;
 mod trees;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use blockdev::{BlockDevice, DevError};
@@ -31,10 +33,14 @@ use cluster::{LockId, Slot};
 
 pub use report::{MAX_VIOLATIONS, Progress, Report, Violation};
 
-use crate::format::superblock::SuperblockError;
+use crate::format::layout::VolumeLayout;
+use crate::format::superblock::{RO_COMPAT_KNOWN, SuperblockError};
+use blocks::Blocks;
 use domain::Shared;
+pub(crate) use domain::inode_text;
 use links::Links;
 use reader::Reader;
+pub(crate) use report::{ADVICE, name_text};
 use space::Space;
 
 /// Why a volume could not be checked at all.
@@ -44,6 +50,14 @@ pub enum CheckError {
     Device(#[from] DevError),
     #[error(transparent)]
     Superblock(#[from] SuperblockError),
+    #[error(
+        "the superblock is damaged ({why}), and its copy in block {copy} too ({copy_why}): without one of them nothing can be found"
+    )]
+    NoSuperblock { why: String, copy: u64, copy_why: String },
+    #[error(
+        "the volume has features that this clusterfs does not know ({features:#x}) and may only be read: upgrade this host's clusterfs"
+    )]
+    ReadOnlyFeatures { features: u64 },
     #[error("the device has {size} bytes: too small for a volume")]
     TooSmall { size: u64 },
     #[error("the volume is mounted by {host} (slot {slot}): unmount it there first")]
@@ -75,6 +89,11 @@ pub async fn check_with(
     let mut report = Report::default();
     let sb = members::superblock(dev, &mut report).await?;
     report.label = sb.label.clone();
+    let unknown = sb.ro_compat & !RO_COMPAT_KNOWN;
+    if unknown != 0 {
+        report.note(format!("features that this clusterfs does not know ({unknown:#x}) are not checked"));
+        report.read_only_features = unknown;
+    }
     let layout = sb.layout();
     if dev.geometry().size / crate::format::layout::BLOCK < sb.blocks {
         report.violation(
@@ -86,6 +105,7 @@ pub async fn check_with(
             ),
         );
         report.note("nothing else was checked");
+        report.truncated = true;
         return Ok(report);
     }
     let mut reader =
@@ -110,13 +130,8 @@ pub async fn check_with(
             links.broken.insert(*d);
         }
     }
-    let mut done = 0;
-    for chunk in headers.chunks(trees::DOMAINS) {
-        tell(Progress { phase: "domains", done, total: headers.len() as u64 });
-        let mut shared = Shared { space: &mut space, links: &mut links, report: &mut report };
-        trees::check(&reader, chunk, layout.nodes, &mut shared).await;
-        done += chunk.len() as u64;
-    }
+    let mut shared = Shared { space: &mut space, links: &mut links, report: &mut report };
+    domains(&reader, &headers, layout.nodes, &mut shared, tell).await;
     tell(Progress { phase: "links", done: 0, total: 1 });
     let complete = links.broken.is_empty();
     links.finish(&reader, &headers, &mut report).await;
@@ -128,6 +143,42 @@ pub async fn check_with(
         report.note(format!("{} unlinked files wait to be freed", report.orphans));
     }
     Ok(report)
+}
+
+async fn domains(r: &Reader, headers: &[(u32, u64)], nodes: u16, s: &mut Shared<'_>, tell: Notify<'_>) {
+    let mut done = 0;
+    for chunk in headers.chunks(trees::DOMAINS) {
+        tell(Progress { phase: "domains", done, total: headers.len() as u64 });
+        trees::check(r, chunk, nodes, s).await;
+        done += chunk.len() as u64;
+    }
+}
+
+/// What domains that are whole refer to, for the repair of others.
+pub(crate) struct Survey {
+    pub claims: Blocks,
+    pub links: Links,
+    /// Those that are not whole.
+    pub damaged: BTreeSet<u32>,
+}
+
+/// Reads domains, given with their header blocks. With `all`, they are all that the volume has, so names that cross domains are
+/// compared too.
+pub(crate) async fn survey(
+    r: &Reader,
+    layout: VolumeLayout,
+    headers: &[(u32, u64)],
+    all: bool,
+    tell: Notify<'_>,
+) -> Survey {
+    let (mut space, mut links, mut report) = (Space::new(layout), Links::default(), Report::default());
+    let mut shared = Shared { space: &mut space, links: &mut links, report: &mut report };
+    domains(r, headers, layout.nodes, &mut shared, tell).await;
+    report.damaged.append(&mut links.damaged);
+    if all {
+        std::mem::take(&mut links).finish(r, headers, &mut report).await;
+    }
+    Survey { claims: space.claims, links, damaged: report.damaged }
 }
 
 /// Where a lock's block lies, for messages.

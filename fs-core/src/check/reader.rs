@@ -19,9 +19,9 @@ const MAX_GAP_BLOCKS: u64 = 16;
 const READS_IN_FLIGHT: usize = 8;
 
 /// A block, or why it could not be read.
-pub(super) type Read = std::result::Result<Arc<Block>, String>;
+pub(crate) type Read = std::result::Result<Arc<Block>, String>;
 
-pub(super) struct Reader {
+pub(crate) struct Reader {
     pub dev: Arc<dyn BlockDevice>,
     pub volume: u64,
     pub blocks: u64,

@@ -1,5 +1,6 @@
 //! What a check found.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use cluster::NodeId;
@@ -7,6 +8,7 @@ use cluster::NodeId;
 /// Violations kept with their text; the rest is counted.
 pub const MAX_VIOLATIONS: usize = 1000;
 const MAX_NOTES: usize = 100;
+pub(crate) const ADVICE: &str = ": run fsck.clusterfs";
 
 /// Something on the volume that must not be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +37,16 @@ pub struct Report {
     pub dead: Vec<NodeId>,
     /// Whether each of their journals can be replayed.
     pub replayable: bool,
+    /// Slots whose blocks are damaged, with the last incarnation that left a trace (0: none).
+    pub lost_slots: Vec<NodeId>,
+    /// Domains in which something has to be corrected, or of which something is missing.
+    pub damaged: BTreeSet<u32>,
+    /// Slots whose journals cannot be used.
+    pub bad_journals: Vec<cluster::Slot>,
+    /// The device is smaller than the volume: nothing but superblocks was looked at.
+    pub truncated: bool,
+    /// Features that an older program, as this is one, may only read.
+    pub read_only_features: u64,
     pub label: String,
     pub files: u64,
     pub dirs: u64,
@@ -60,7 +72,10 @@ impl Report {
     pub(super) fn violation(&mut self, place: impl fmt::Display, text: impl fmt::Display) {
         self.violation_count += 1;
         if self.violations.len() < MAX_VIOLATIONS {
-            self.violations.push(Violation { place: place.to_string(), text: text.to_string() });
+            let text = text.to_string();
+            // Said by what finds the damage; here it would be advice to do what is being done.
+            let text = text.trim_end_matches(ADVICE).to_string();
+            self.violations.push(Violation { place: place.to_string(), text });
         }
     }
 
@@ -85,6 +100,6 @@ pub struct Progress {
 }
 
 /// A name as text, whatever bytes it has.
-pub(super) fn name_text(name: &[u8]) -> String {
+pub(crate) fn name_text(name: &[u8]) -> String {
     format!("\"{}\"", String::from_utf8_lossy(name).escape_debug())
 }

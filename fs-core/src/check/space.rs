@@ -7,6 +7,7 @@ use cluster::LockId;
 use journal::block::BlockKind;
 
 use super::Notify;
+use super::blocks::Blocks;
 use super::reader::Reader;
 use super::report::{Progress, Report};
 use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit};
@@ -20,8 +21,8 @@ const CONFLICT_BUDGET: u64 = 1 << 22;
 /// What the trees refer to, and what the groups say.
 pub(super) struct Space {
     pub layout: VolumeLayout,
-    /// Per group with any claim: bit i set = block i of the group is referred to.
-    claims: BTreeMap<u32, Box<[u64]>>,
+    /// What is referred to.
+    pub claims: Blocks,
     headers: BTreeMap<u32, GroupHeader>,
     /// Domain numbers in use.
     pub domains: BTreeSet<u32>,
@@ -32,7 +33,7 @@ impl Space {
     pub fn new(layout: VolumeLayout) -> Self {
         Self {
             layout,
-            claims: BTreeMap::new(),
+            claims: Blocks::new(layout),
             headers: BTreeMap::new(),
             domains: BTreeSet::new(),
             conflicts_left: CONFLICT_BUDGET,
@@ -58,7 +59,7 @@ impl Space {
         while at < end {
             let Some(g) = self.layout.group_of(at) else { break };
             let e = self.layout.group_extent(g);
-            let words = self.claims.entry(g).or_insert_with(|| vec![0; e.len.div_ceil(64) as usize].into());
+            let words = self.claims.words_mut(g);
             let to = end.min(e.end());
             while at < to {
                 let i = at - e.start;
@@ -160,10 +161,10 @@ impl Space {
 
     /// Reads everything that is referred to, file contents included, and reports what the device cannot give back.
     pub async fn read_claimed(&self, r: &Reader, report: &mut Report, tell: Notify<'_>) {
-        let total: u64 = self.claims.values().flat_map(|w| w.iter()).map(|w| u64::from(w.count_ones())).sum();
+        let total: u64 = self.claims.groups().flat_map(|(_, w)| w).map(|w| u64::from(w.count_ones())).sum();
         let mut done = 0;
-        for (g, words) in &self.claims {
-            let start = self.layout.group_extent(*g).start;
+        for (g, words) in self.claims.groups() {
+            let start = self.layout.group_extent(g).start;
             let mut runs = Runs::default();
             for (i, w) in words.iter().enumerate() {
                 runs.add(start + 64 * i as u64, *w);
@@ -178,13 +179,13 @@ impl Space {
 
     /// Compares every group's bitmap with what was claimed. With `complete` false, parts of trees could not be read, so
     /// blocks that seem to belong to nothing may belong to those.
-    pub async fn compare(&mut self, r: &Reader, complete: bool, report: &mut Report, tell: Notify<'_>) {
+    pub async fn compare(&self, r: &Reader, complete: bool, report: &mut Report, tell: Notify<'_>) {
         let mut unowned = 0;
         for g in 0..self.layout.groups {
             tell(Progress { phase: "bitmaps", done: g.into(), total: self.layout.groups.into() });
             let Some(h) = self.headers.get(&g).copied() else { continue };
             let extent = self.layout.group_extent(g);
-            let claims = self.claims.remove(&g);
+            let claims = self.claims.words(g);
             let indexes = (0..self.layout.bitmap_blocks).filter(|i| h.written_bitmaps & (1u64 << (i % 64)) != 0);
             let numbers: Vec<u64> = indexes.map(|i| self.layout.group_bitmap(g, i)).collect();
             let blocks = r.many(&numbers).await;
@@ -221,7 +222,7 @@ impl Space {
                     }
                     let mask = if extent.len - first < 64 { (1 << (extent.len - first)) - 1 } else { u64::MAX };
                     let said = map.map_or(0, |m| word(m, w as usize)) & mask;
-                    let is = claims.as_ref().and_then(|c| c.get((first / 64) as usize)).copied().unwrap_or(0) & mask;
+                    let is = claims.and_then(|c| c.get((first / 64) as usize)).copied().unwrap_or(0) & mask;
                     used += u64::from(said.count_ones());
                     lost.add(extent.start + first, is & !said);
                     leaked.add(extent.start + first, said & !is);

@@ -11,7 +11,7 @@ use crate::tree::MAX_LEVELS;
 use crate::tree::node::{Node, RawKey, cooked};
 
 /// Domains whose trees are read together.
-pub(super) const DOMAINS: usize = 256;
+pub(crate) const DOMAINS: usize = 256;
 /// Nodes in memory at once: 16 MiB.
 const NODES: usize = 4096;
 
@@ -40,6 +40,7 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
     let mut todo = Vec::new();
     for (domain, block) in domains {
         let place = format!("domain {domain}, header in block {block}");
+        let before = s.report.violation_count;
         s.report.domains += 1;
         s.space.claim(*block, 1, s.report, &|| place.clone());
         let header = match headers.get(block) {
@@ -54,6 +55,7 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
             Ok(h) => h,
             Err(e) => {
                 s.report.violation(place, e);
+                s.report.damaged.insert(*domain);
                 s.links.broken.insert(*domain);
                 continue;
             }
@@ -77,6 +79,7 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
                 whole = false;
             }
         }
+        s.mark(before, *domain);
         runs.push(Run { domain: *domain, header, nodes: 0, whole, check: DomainCheck::new(*domain, nodes) });
     }
 
@@ -111,6 +114,8 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
     }
 
     for run in runs {
+        let before = s.report.violation_count;
+        let domain = run.domain;
         s.report.tree_nodes += run.nodes;
         if !run.whole {
             s.links.broken.insert(run.domain);
@@ -119,6 +124,7 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
             s.report.violation(format!("domain {}", run.domain), text);
         }
         run.check.finish(&run.header, run.whole, s);
+        s.mark(before, domain);
     }
 }
 
@@ -129,10 +135,12 @@ async fn visit(r: &Reader, batch: &[Todo], runs: &mut [Run], s: &mut Shared<'_>,
     let blocks = r.many(&batch.iter().map(|t| t.block).collect::<Vec<_>>()).await;
     for t in batch {
         let Some(run) = runs.get_mut(t.domain) else { continue };
+        let before = s.report.violation_count;
         let place = || format!("block {}, tree of domain {}", t.block, run.domain);
         // A node met twice is not followed twice: that bounds the work, whatever the trees say.
         if !s.space.claim(t.block, 1, s.report, &place) {
             run.whole = false;
+            s.mark(before, run.domain);
             continue;
         }
         let node = match blocks.get(&t.block) {
@@ -141,12 +149,14 @@ async fn visit(r: &Reader, batch: &[Todo], runs: &mut [Run], s: &mut Shared<'_>,
                 let why = other.and_then(|o| o.as_ref().err()).map_or("could not be read", |e| e.as_str());
                 s.report.violation(place(), why);
                 run.whole = false;
+                s.mark(before, run.domain);
                 continue;
             }
         };
         if let Err(e) = r.verify(t.block, node, LockId::Domain(run.domain), BlockKind::TreeNode) {
             s.report.violation(place(), e);
             run.whole = false;
+            s.mark(before, run.domain);
             continue;
         }
         run.nodes += 1;
@@ -159,5 +169,6 @@ async fn visit(r: &Reader, batch: &[Todo], runs: &mut [Run], s: &mut Shared<'_>,
             s.report.violation(format!("block {}, tree of domain {}", t.block, run.domain), e);
             run.whole = false;
         }
+        s.mark(before, run.domain);
     }
 }

@@ -25,10 +25,9 @@ const ATIME_AGE: i64 = 24 * 3600;
 impl Volume {
     /// Short only at the end of the file.
     pub async fn read(&self, ino: u64, offset: u64, len: u32) -> Result<Leased<Vec<u8>>> {
-        let mut plan = Plan::read(&[ino_domain(ino)]);
+        let mut plan = Plan::read(&[ino_domain(ino)]).with_pages_of(ino);
         loop {
             let mut tx = self.begin(&plan).await?;
-            tx.touch(ino);
             let r = read(&mut tx, ino, offset, len).await;
             if let Some(done) = self.finish(tx, r, &mut plan).await? {
                 return Ok(done);
@@ -39,10 +38,9 @@ impl Volume {
     /// Returns the offset at which the data went (differs from `offset` for appends).
     pub async fn write(&self, ino: u64, offset: u64, data: &[u8], how: WriteOptions) -> Result<Leased<u64>> {
         self.limit_dirty().await?;
-        let mut plan = Plan::write(&[ino_domain(ino)], Purpose::Grow);
+        let mut plan = Plan::write(&[ino_domain(ino)], Purpose::Grow).with_pages_of(ino);
         loop {
             let mut tx = self.begin(&plan).await?;
-            tx.touch(ino);
             let r = write(&mut tx, ino, offset, data, how).await;
             if let Some(done) = self.finish(tx, r, &mut plan).await? {
                 return Ok(done);
@@ -60,7 +58,20 @@ impl Volume {
         if exclusive && domain.file(ino_local(ino), |f| f.dirty()).unwrap_or(false) {
             self.flush_file(ino).await?;
         }
-        self.commit().await.map(|_| ())
+        self.commit().await?;
+        self.synced.lock().put(ino, ());
+        Ok(())
+    }
+
+    /// Notes whether the name that a file got by rename or link is the first since an fsync of it.
+    pub(crate) fn named<T>(&self, ino: u64, done: Leased<T>) -> Leased<T> {
+        Leased { names_synced: self.synced.lock().pop(&ino).is_some(), ..done }
+    }
+
+    /// Before the result of an operation that [names a synced file](Leased::names_synced) is told. Its lease may be kept over this: a
+    /// revocation has to wait for the commit anyway, and the commit for nothing but the device.
+    pub async fn commit_name(&self) -> Result<()> {
+        self.commit().await.map(drop)
     }
 
     /// Everything durable.

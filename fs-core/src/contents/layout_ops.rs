@@ -20,10 +20,10 @@ impl Volume {
         if len == 0 || (how.punch_hole && !how.keep_size) {
             return Err(FsError::Invalid);
         }
-        let mut plan = Plan::write(&[ino_domain(ino)], if how.punch_hole { Purpose::Reclaim } else { Purpose::Grow });
+        let purpose = if how.punch_hole { Purpose::Reclaim } else { Purpose::Grow };
+        let mut plan = Plan::write(&[ino_domain(ino)], purpose).with_pages_of(ino);
         loop {
             let mut tx = self.begin(&plan).await?;
-            tx.touch(ino);
             let r = fallocate(&mut tx, ino, offset, end, how).await;
             if let Some(done) = self.finish(tx, r, &mut plan).await? {
                 return Ok(done);
@@ -56,7 +56,6 @@ impl Txn<'_> {
             return Err(FsError::TooBig);
         }
         self.flush_contents(ino).await?;
-        self.touch(ino);
         let mut inode = self.inode(ino).await?;
         match (inode.is_file(), inode.is_dir()) {
             (true, _) => {}

@@ -37,6 +37,12 @@ pub struct MappedWrites {
 }
 
 impl MappedWrites {
+    /// Files with pages that wait, by local number.
+    pub fn files(&self) -> impl Iterator<Item = u64> {
+        let waiting: Vec<u64> = self.waiting.lock().iter().map(|w| w.local).collect();
+        waiting.into_iter()
+    }
+
     fn is_empty(&self) -> bool {
         self.waiting.lock().is_empty()
     }
@@ -90,10 +96,9 @@ impl Volume {
     async fn write_within(&self, number: u64, offset: u64, data: &[u8]) -> Result<()> {
         self.limit_dirty().await?;
         let how = WriteOptions { within_size: true, ..WriteOptions::default() };
-        let mut plan = Plan::write(&[ino_domain(number)], Purpose::Grow);
+        let mut plan = Plan::write(&[ino_domain(number)], Purpose::Grow).with_pages_of(number);
         loop {
             let mut tx = self.begin_unordered(&plan).await?;
-            tx.touch(number);
             let r = super::file::write(&mut tx, number, offset, data, how).await;
             if self.finish(tx, r, &mut plan).await?.is_some() {
                 return Ok(());

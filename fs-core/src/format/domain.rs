@@ -13,6 +13,7 @@
 //! | 40 | 4 | blocks left in it (they are marked in use in the group's bitmap) |
 //! | 44 | 4 | levels of the tree (0: empty) |
 //! | 48 | 8 | orphans: inodes without a name, still open somewhere |
+//! | 56 | 8 | file locks that are written down |
 
 use super::bytes::{FormatError, Reader, Writer};
 
@@ -26,6 +27,7 @@ pub struct DomainHeader {
     pub reserve_len: u32,
     pub levels: u32,
     pub orphans: u64,
+    pub file_locks: u64,
 }
 
 impl DomainHeader {
@@ -38,7 +40,8 @@ impl DomainHeader {
             .u64(self.reserve_next)
             .u32(self.reserve_len)
             .u32(self.levels)
-            .u64(self.orphans);
+            .u64(self.orphans)
+            .u64(self.file_locks);
     }
 
     pub fn decode(block: &[u8]) -> Result<Self, FormatError> {
@@ -52,6 +55,7 @@ impl DomainHeader {
             reserve_len: r.u32()?,
             levels: r.u32()?,
             orphans: r.u64()?,
+            file_locks: r.u64()?,
         })
     }
 }

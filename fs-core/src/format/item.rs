@@ -13,6 +13,7 @@
 //! | 6 orphan  | local number (object 0) | empty: an inode without a name that is still open somewhere |
 //! | 7 deferred free | first block (object 0, slot domains only) | length in blocks, u64 |
 //! | 8 domain with leftovers | domain number (object 0, slot domains only) | empty: may hold orphans of this slot's incarnation |
+//! | 9 file lock | number of the entry (object 0) | as `format/file_lock.rs` says |
 
 use super::bytes::{FormatError, Reader, Writer};
 
@@ -34,6 +35,7 @@ pub enum Kind {
     Orphan = 6,
     DeferredFree = 7,
     Leftover = 8,
+    FileLock = 9,
 }
 
 /// Encoded size of a key: object (8), kind (1), offset (8), big endian so that bytes compare as keys do.
@@ -96,7 +98,7 @@ pub struct Time {
 /// | 88 | 8 | of a directory: inode number of its parent |
 /// | 96 | 4 | flags: 1 contents are inline |
 /// | 100 | 4 | of a directory: subdirectories |
-/// | 104 | 8 | generation: (inode number, generation) is never used again, also when a domain number is (I8) |
+/// | 104 | 8 | generation: the domain's tenure in which the inode was made; (inode number, generation) is never used again, though a number is when a crash undid its first use, and a domain number is (I8) |
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Inode {
     pub mode: u32,

@@ -1,6 +1,6 @@
 //! Where everything lies on the device, derived from the superblock alone.
 //!
-//! In blocks from the start: superblock (1), cluster records (slot blocks, heartbeats, doorbells; rounded up), lock
+//! In blocks from the start: superblock (1), cluster records (slot blocks, heartbeats, doorbells, bids and cells; rounded up), lock
 //! blocks, journals, group table (for each group: header, then its bitmap blocks), then the groups' blocks one after
 //! the other (the last may be short), then the superblock's copy in the very last block.
 
@@ -43,6 +43,8 @@ pub struct VolumeLayout {
     pub bitmap_blocks: u16,
     pub journal_blocks: u64,
     pub sector_size: u32,
+    /// Slot and lock blocks are changed without compare-and-write.
+    pub plain_locks: bool,
     /// First block of each area.
     pub cluster_start: u64,
     pub locks_start: u64,
@@ -60,7 +62,8 @@ impl VolumeLayout {
         let stride = u64::from(sb.sector_size);
         let nodes = u64::from(sb.nodes);
         let cluster_start = 1;
-        let cluster_records = 2 * nodes + nodes * nodes;
+        let plain = if sb.plain_locks() { cluster::plain_records(sb.nodes) } else { 0 };
+        let cluster_records = 2 * nodes + nodes * nodes + plain;
         let locks_start = cluster_start + blocks_for(cluster_records * stride);
         let lock_records = u64::from(sb.groups) + u64::from(sb.domains);
         let journals_start = locks_start + blocks_for(lock_records * stride);
@@ -76,6 +79,7 @@ impl VolumeLayout {
             bitmap_blocks: sb.bitmap_blocks,
             journal_blocks: sb.journal_blocks,
             sector_size: sb.sector_size,
+            plain_locks: sb.plain_locks(),
             cluster_start,
             locks_start,
             journals_start,
@@ -92,17 +96,20 @@ impl VolumeLayout {
     pub fn cluster(&self) -> Layout {
         let stride = u64::from(self.sector_size);
         let slots = self.cluster_start * BLOCK;
-        let heartbeats = slots + u64::from(self.nodes) * stride;
+        let nodes = u64::from(self.nodes);
+        let heartbeats = slots + nodes * stride;
+        let doorbells = heartbeats + nodes * stride;
         Layout {
             volume: self.volume,
             stride,
             nodes: self.nodes,
             slots,
             heartbeats,
-            doorbells: heartbeats + u64::from(self.nodes) * stride,
+            doorbells,
             locks: self.locks_start * BLOCK,
             groups: self.groups,
             domains: self.domains,
+            plain: self.plain_locks.then_some(doorbells + nodes * nodes * stride),
         }
     }
 

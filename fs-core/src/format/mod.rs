@@ -5,6 +5,7 @@
 
 pub mod bytes;
 pub mod domain;
+pub mod file_lock;
 pub mod group;
 pub mod item;
 pub mod layout;

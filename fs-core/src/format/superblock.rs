@@ -30,8 +30,10 @@ use super::layout::VolumeLayout;
 
 pub const MAGIC: [u8; 8] = *b"CLUSTRFS";
 pub const VERSION: u32 = 1;
-/// Incompatible features this program knows. None so far.
-pub const INCOMPAT_KNOWN: u64 = 0;
+/// Incompatible feature: slot and lock blocks are changed without compare-and-write, by way of bids and cells.
+pub const PLAIN_LOCKS: u64 = 1;
+/// Incompatible features this program knows.
+pub const INCOMPAT_KNOWN: u64 = PLAIN_LOCKS;
 /// Read-only-compatible features this program knows.
 pub const RO_COMPAT_KNOWN: u64 = 0;
 const SUMMED: usize = 216;
@@ -81,6 +83,11 @@ impl Superblock {
 
     pub fn layout(&self) -> VolumeLayout {
         VolumeLayout::new(self)
+    }
+
+    /// Whether slot and lock blocks are changed without compare-and-write.
+    pub fn plain_locks(&self) -> bool {
+        self.incompat & PLAIN_LOCKS != 0
     }
 
     /// Into a zeroed block.
@@ -181,7 +188,7 @@ impl Superblock {
             && u64::from(self.group_blocks) <= u64::from(self.bitmap_blocks) * super::group::BITS_PER_BITMAP
             && self.blocks < 1 << 52
             && self.timeouts.heartbeat_ms >= 10
-            && self.timeouts.lease_ms >= 2 * self.timeouts.heartbeat_ms;
+            && u64::from(self.timeouts.lease_ms) >= 2 * u64::from(self.timeouts.heartbeat_ms);
         if !ok {
             return Err("its numbers contradict each other".into());
         }
@@ -190,5 +197,35 @@ impl Superblock {
             return Err(format!("its areas need {} blocks, the volume has {}", l.end_block(), self.blocks));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_beyond_all_bounds_are_refused() {
+        let mut block = [0; 4096];
+        let sb = Superblock {
+            compat: 0,
+            incompat: 0,
+            ro_compat: 0,
+            uuid: [1; 16],
+            label: String::new(),
+            blocks: 1 << 20,
+            sector_size: 512,
+            nodes: 2,
+            bitmap_blocks: 1,
+            journal_blocks: 256,
+            groups: 1,
+            domains: 100,
+            group_blocks: 1000,
+            timeouts: Timeouts { heartbeat_ms: 1 << 31, lease_ms: 5, queue_ms: 1000, min_hold_ms: 1, doorbell_ms: 10 },
+            hint_key: [0; 32],
+            created: 0,
+        };
+        sb.encode(&mut block);
+        assert!(matches!(Superblock::decode(&block), Err(SuperblockError::Damaged(_))));
     }
 }

@@ -1,6 +1,8 @@
 //! Attributes of inodes, opening and closing, symlinks' targets.
 
+use std::future::poll_fn;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 
 use cluster::{LockId, Mode};
 
@@ -74,7 +76,15 @@ impl Volume {
         }
         let flagged = *domain.open_flagged.lock() && !domain.has_opens();
         if let Some(volume) = self.me.upgrade() {
-            tokio::spawn(async move { volume.closed(ino, flagged).await });
+            // Mostly there is nothing to do, and no other thread need be woken to find that out.
+            let guard = self.closing.clone().read_owned().await;
+            let mut closing = Box::pin(async move {
+                volume.closed(ino, flagged).await;
+                drop(guard);
+            });
+            if poll_fn(|cx| Poll::Ready(closing.as_mut().poll(cx))).await.is_pending() {
+                tokio::spawn(closing);
+            }
         }
     }
 
@@ -110,6 +120,10 @@ impl Volume {
 }
 
 async fn setattr(tx: &mut Txn<'_>, ino: u64, set: &SetAttr) -> Result<Attr> {
+    let odd = |t: Option<SetTime>| matches!(t, Some(SetTime::To(t)) if t.nanos >= 1_000_000_000);
+    if odd(set.atime) || odd(set.mtime) {
+        return Err(FsError::Invalid);
+    }
     tx.need_write(&[ino])?;
     tx.flush_contents(ino).await?;
     if let Some(size) = set.size {

@@ -39,6 +39,8 @@ struct SpareDomain {
 impl Volume {
     /// Regular files, fifos, sockets, device nodes. `open`: also counts one open (release it).
     pub async fn mknod(&self, who: Caller, parent: u64, name: &[u8], new: NewNode, open: bool) -> Result<Leased<Attr>> {
+        use mode_bits::{S_IFBLK, S_IFCHR, S_IFIFO, S_IFREG, S_IFSOCK};
+        of_kind(new.mode, &[0, S_IFREG, S_IFIFO, S_IFSOCK, S_IFCHR, S_IFBLK])?;
         self.create(who, parent, name, new, Contents::None, open).await
     }
 
@@ -72,6 +74,7 @@ impl Volume {
 
     /// O_TMPFILE: an open file without a name, in the parent's domain.
     pub async fn tmpfile(&self, who: Caller, parent: u64, new: NewNode) -> Result<Leased<Attr>> {
+        of_kind(new.mode, &[0, mode_bits::S_IFREG])?;
         let mut plan = Plan::write(&[ino_domain(parent)], Purpose::Grow);
         loop {
             let mut tx = self.begin(&plan).await?;
@@ -89,7 +92,7 @@ impl Volume {
             let mut tx = self.begin(&plan).await?;
             let r = link(&mut tx, target, parent, name).await;
             if let Some(done) = self.finish(tx, r, &mut plan).await? {
-                return Ok(done);
+                return Ok(self.named(target, done));
             }
         }
     }
@@ -109,6 +112,11 @@ impl Volume {
                 // Domains run out: the directory shares its parent's.
                 drop(tx);
                 own = self.find_domain_number().await?;
+                continue;
+            }
+            if matches!(r, Err(FsError::DomainBusy)) {
+                // Its number stays taken until its lock has been given back, so the next try gets another one.
+                drop(tx);
                 continue;
             }
             if let Some(done) = self.finish(tx, r, &mut plan).await? {
@@ -131,8 +139,9 @@ impl Volume {
         let dir = tx.directory(parent).await?;
         let number = tx.take_domain_number().ok_or(FsError::NoDomain)?;
         let header_block = tx.take_blocks(1, None, Purpose::Grow)?.start;
+        // Before its lock is taken: the operation may be dropped meanwhile.
+        tx.own_spare(self.domain(number));
         let spare = self.spare_domain(number, header_block).await?;
-        tx.own_spare(spare.domain.clone());
         make_directory(tx, spare, header_block, who, parent, name, new, &dir).await
     }
 
@@ -144,12 +153,26 @@ impl Volume {
         let grant = self.node.create(LockId::Domain(number), value).await?;
         self.store.forget(domain.lock_id());
         *domain.cached_tenure.lock() = Some(grant.tenure);
-        domain.hold.granted(grant);
-        match domain.hold.try_enter(Mode::Exclusive) {
+        *domain.open_flagged.lock() = false;
+        *domain.leftovers.lock() = None;
+        let demanded = domain.hold.granted(grant);
+        let entry = domain.hold.try_enter(Mode::Exclusive);
+        if let (true, Some(volume)) = (demanded, self.me.upgrade()) {
+            // Somebody here or elsewhere still asks for the inode that the number meant before.
+            let hold = domain.hold.clone();
+            tokio::spawn(async move { volume.revoke(hold).await });
+        }
+        match entry {
             Entry::Admitted(ticket) => Ok(SpareDomain { domain: domain.clone(), ticket, number }),
-            _ => Err(FsError::Stale),
+            _ => Err(FsError::DomainBusy),
         }
     }
+}
+
+/// A mode of other bits would not be one on disk.
+fn of_kind(mode: u32, kinds: &[u32]) -> Result<()> {
+    let known = kinds.contains(&(mode & mode_bits::S_IFMT)) && mode <= mode_bits::S_IFMT | 0o7777;
+    known.then_some(()).ok_or(FsError::Invalid)
 }
 
 /// A Maildir's parts share its domain, so that one lock covers a mailbox. The root is no Maildir.
@@ -196,7 +219,7 @@ async fn create(
     let id = ino_domain(parent);
     let number = tx.new_ino(id).await?;
     let mut inode = new_inode(tx, who, &dir, new);
-    inode.generation = generation(tx, parent).await?;
+    inode.generation = tx.tenure(id)?;
     if inode.is_dir() {
         inode.parent = parent;
     }
@@ -221,7 +244,7 @@ async fn tmpfile(tx: &mut Txn<'_>, who: Caller, parent: u64, new: NewNode) -> Re
     let id = ino_domain(parent);
     let number = tx.new_ino(id).await?;
     let mut inode = new_inode(tx, who, &dir, new);
-    inode.generation = generation(tx, parent).await?;
+    inode.generation = tx.tenure(id)?;
     inode.links = 0;
     acl::inherit(tx, parent, number, &mut inode, new.umask).await?;
     tx.put_inode(number, &inode).await?;
@@ -266,7 +289,7 @@ async fn make_directory(
     new: NewNode,
     dir: &Inode,
 ) -> Result<Attr> {
-    let grant = spare.domain.hold.grant().ok_or(FsError::Stale)?;
+    let grant = spare.domain.hold.grant().ok_or(FsError::DomainBusy)?;
     let next_local = grant.value.next_local.max(DIR_LOCAL + 1);
     let header = DomainHeader { next_local, inodes: 1, ..DomainHeader::default() };
     tx.add_domain(spare.domain, spare.ticket, header_block, header)?;
@@ -279,11 +302,6 @@ async fn make_directory(
     tx.add_entry(parent, name, number, inode.mode).await?;
     tx.dir_changed(parent, 1, 1).await?;
     Ok(Attr { ino: number, inode })
-}
-
-/// All inodes of a domain carry the generation of the directory it was made for.
-async fn generation(tx: &mut Txn<'_>, parent: u64) -> Result<u64> {
-    Ok(tx.inode(parent).await?.generation)
 }
 
 fn count_open_when_installed(tx: &mut Txn<'_>, number: u64) -> Result<()> {

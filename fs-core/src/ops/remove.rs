@@ -83,6 +83,7 @@ impl Volume {
             return;
         }
         self.store.forget(domain.lock_id());
+        domain.locks.forget();
         domain.hold.lowered(None);
         while domain.hold.next_target().is_some() {}
         self.alloc.lock().domain_reusable(domain.id);
@@ -172,9 +173,26 @@ impl Txn<'_> {
             return self.add_orphan(number).await;
         }
         if !self.free_inode(number, inode).await? {
-            return self.add_orphan(number).await;
+            self.add_orphan(number).await?;
+            self.reclaim_soon(ino_domain(number));
+            return Ok(());
         }
         self.drop_domain_if_empty(ino_domain(number)).await
+    }
+
+    /// What one operation cannot remove goes in steps, in the background.
+    fn reclaim_soon(&mut self, id: u32) {
+        let vol = self.vol.me.clone();
+        self.on_install(move || {
+            let Some(vol) = vol.upgrade() else { return };
+            tokio::spawn(async move {
+                if let Err(e) = vol.reclaim_orphans(id).await
+                    && !e.is_leaving()
+                {
+                    tracing::warn!(node = %vol.node(), domain = id, "an unlinked file stays for now: {e}");
+                }
+            });
+        });
     }
 
     /// An empty directory lost its name.
@@ -235,7 +253,7 @@ impl Txn<'_> {
         let id = ino_domain(number);
         self.put(id, &Key::new(0, Kind::Orphan, ino_local(number)), &[]).await?;
         self.header(id).await?.orphans += 1;
-        Ok(())
+        self.note_unnamed(id).await
     }
 
     pub async fn remove_orphan(&mut self, number: u64) -> Result<()> {
@@ -271,6 +289,7 @@ impl Txn<'_> {
         let domain = self.domain(id, Mode::Exclusive)?.clone();
         let vol = self.vol.me.clone();
         self.on_install(move || {
+            domain.hold.emptied();
             let Some(vol) = vol.upgrade() else { return };
             tokio::spawn(async move { vol.give_back_domain(&domain, Some(header.next_local)).await });
         });

@@ -22,7 +22,8 @@ impl Volume {
             let mut tx = self.begin(&plan).await?;
             let r = rename(&mut tx, from, name, to, new_name, how).await;
             if let Some(done) = self.finish(tx, r, &mut plan).await? {
-                return Ok(done);
+                let ino = done.value;
+                return Ok(self.named(ino, done.map(|_| ())));
             }
         }
     }
@@ -40,7 +41,8 @@ async fn moving(tx: &mut Txn<'_>, dir: u64, name: &[u8]) -> Result<Option<Moving
     Ok(Some(Moving { found, inode }))
 }
 
-async fn rename(tx: &mut Txn<'_>, from: u64, name: &[u8], to: u64, new_name: &[u8], how: Rename) -> Result<()> {
+/// Returns whom the name meant.
+async fn rename(tx: &mut Txn<'_>, from: u64, name: &[u8], to: u64, new_name: &[u8], how: Rename) -> Result<u64> {
     tx.directory(from).await?;
     tx.directory(to).await?;
     let source = moving(tx, from, name).await?.ok_or(FsError::NotFound)?;
@@ -51,13 +53,15 @@ async fn rename(tx: &mut Txn<'_>, from: u64, name: &[u8], to: u64, new_name: &[u
             check_no_loop(tx, t, from).await?;
         }
     }
+    let ino = source.found.entry.ino;
     match (how, target) {
         (Rename::NoReplace, Some(_)) => Err(FsError::Exists),
         (Rename::Exchange, None) => Err(FsError::NotFound),
         (Rename::Exchange, Some(target)) => exchange(tx, from, source, to, target).await,
         (_, Some(target)) if target.found.entry.ino == source.found.entry.ino => Ok(()),
         (_, target) => replace(tx, from, source, to, new_name, target).await,
-    }
+    }?;
+    Ok(ino)
 }
 
 /// A directory must not move below itself. Moves of directories between directories take turns in the whole cluster, by

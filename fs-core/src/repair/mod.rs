@@ -1,27 +1,40 @@
-//! What fsck changes on a volume that no node has mounted: a superblock or its copy that is damaged, and the journals of
-//! dead nodes.
+//! What fsck changes on a volume that no node has mounted: a superblock or its copy that is damaged, the journals of
+//! dead nodes, and with [`correct`] trees, lock blocks of domains and groups, and bitmaps.
 //!
-//! Nothing here needs the volume to itself, so a node that mounts at the same moment is no danger: the superblock is
-//! written only with what it held when the volume was made, and journals are replayed by [`cluster::Node`] as by any
-//! survivor, under the dead node's slot, so by one at a time. A crash in the middle leaves what was there, to be done again.
+//! [`run`] does all of it, in the order that this needs. Superblock, slots and journals do not need the volume to themselves, so a
+//! node that mounts at the same moment is no danger: the superblock is written only with what it held when the volume was
+//! made; see [`members`] for the others. Everything else is changed under a claim of all slots.
+//! The order of writes is [`build`]'s: after a crash in the middle another run does the rest.
+//!
+//! The items of damaged domains, and of those that the correction of their names touches, are in memory while they are corrected; of
+//! all others one bit per block, the names that cross domains, and the directories.
 
+mod beyond;
+mod build;
+mod load;
+mod members;
+mod names;
+mod objects;
+mod scan;
+mod superblock;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use blockdev::{AlignedBuf, BlockDevice, DevError, IoClass};
-use cluster::{ClusterError, JoinConfig, LockClient, LockId, Mode, Node, NodeId, SlotState};
-use tokio::time::Instant;
+use blockdev::{BlockDevice, DevError, IoClass};
+use cluster::{ClusterError, LockId, Node, NodeId, Slot};
 
+pub use members::{cells, recover, slots};
+pub use superblock::superblock;
+
+use crate::check::reader::Reader;
+use crate::check::{ADVICE, CheckError, Notify, Options, Report, check_with};
 use crate::format::layout::BLOCK;
-use crate::format::superblock::{MAGIC, Superblock, SuperblockError};
+use crate::format::superblock::{Superblock, SuperblockError};
 use crate::recovery::JournalRecoverer;
-
-/// For the replay itself, beyond the time in which a node is found dead.
-const REPLAY_TIME: Duration = Duration::from_secs(120);
 
 /// Something that was put right.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,122 +54,190 @@ pub enum RepairError {
     #[error(transparent)]
     Device(#[from] DevError),
     #[error(transparent)]
+    Check(#[from] CheckError),
+    #[error(transparent)]
     Superblock(#[from] SuperblockError),
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    #[error("{0}: its lock block cannot be read or written")]
+    LockBlock(LockId),
+    #[error("the block of slot {0} changed during the repair: run fsck.clusterfs again")]
+    Slot(Slot),
+    #[error("the volume has not enough free blocks to write its trees anew")]
+    NoSpace,
+    #[error("a tree cannot be written: {0}")]
+    Build(String),
     #[error("the journal of {0} was not replayed in time: nothing of it is lost, run fsck.clusterfs again")]
     NotRecovered(NodeId),
 }
 
-/// Writes the superblock from its copy, or the copy from the superblock. With `absent`, a superblock that is all zeros is
-/// written too: the volume may have been destroyed on purpose, so only who asks for that gets it back.
-pub async fn superblock(dev: &Arc<dyn BlockDevice>, absent: bool) -> Result<Option<Repair>, RepairError> {
-    let last = (dev.geometry().size / BLOCK).saturating_sub(1);
-    let first = dev.read(IoClass::Meta, 0, BLOCK as usize).await?;
-    let found = match Superblock::decode(&first) {
-        Ok(sb) => {
-            let at = sb.layout().backup_superblock();
-            if at > last {
-                // Truncated: there is no place for the copy.
-                return Ok(None);
-            }
-            // A copy that cannot be read is written anew: that is what makes a drive replace a bad sector.
-            let copy = dev.read(IoClass::Meta, at * BLOCK, BLOCK as usize).await;
-            if copy.is_ok_and(|c| Superblock::decode(&c).is_ok_and(|c| c == sb)) {
-                return Ok(None);
-            }
-            write(dev, at, &sb).await?;
-            return Ok(Some(repaired(format!("copy of the superblock, block {at}"), "written from the superblock")));
-        }
-        Err(e @ SuperblockError::Newer { .. }) => return Err(e.into()),
-        Err(e) => e,
-    };
-    // Anything else in block 0 is somebody else's.
-    let ours = first[..8] == MAGIC || (absent && first.iter().all(|b| *b == 0));
-    let copy = dev.read(IoClass::Meta, last * BLOCK, BLOCK as usize).await?;
-    match Superblock::decode(&copy) {
-        // A copy of a volume of another size is left over from an earlier one.
-        Ok(sb) if ours && sb.layout().backup_superblock() == last => {
-            write(dev, 0, &sb).await?;
-            Ok(Some(repaired("superblock, block 0".into(), &format!("written from its copy in block {last}"))))
-        }
-        _ => Err(found.into()),
-    }
-}
-
 fn repaired(place: String, text: &str) -> Repair {
-    Repair { place, text: text.into() }
+    Repair { place, text: text.trim_end_matches(ADVICE).into() }
 }
 
-async fn write(dev: &Arc<dyn BlockDevice>, block: u64, sb: &Superblock) -> Result<(), DevError> {
-    let mut b = AlignedBuf::zeroed(BLOCK as usize);
-    sb.encode(&mut b);
-    dev.write(IoClass::Meta, block * BLOCK, Arc::new(b), false).await?;
-    dev.flush(IoClass::Meta).await
+/// What a repair came to.
+#[derive(Debug)]
+pub struct Outcome {
+    pub repairs: Vec<Repair>,
+    /// What was left because it would cost something, or cannot be done.
+    pub left: Vec<Repair>,
+    /// What there is after it.
+    pub report: Report,
 }
 
-/// Holds no locks, so nobody wants anything of it.
-struct NoLocks;
-
-impl LockClient for NoLocks {
-    fn demand(&self, _: LockId, _: Mode) {}
-    fn recovered(&self, _: NodeId) {}
-    fn lapsed(&self) {}
-}
-
-/// Replays the journals of `dead`, which the check has shown to be readable, and ends their incarnations: joins as a node
-/// does and waits until the recovery of all is done. `seed` must differ from that of any other node.
-pub async fn recover(dev: &Arc<dyn BlockDevice>, dead: &[NodeId], seed: u64) -> Result<Vec<Repair>, RepairError> {
-    if dead.is_empty() {
-        return Ok(Vec::new());
+/// Checks a volume, repairs what it finds, and checks it again. Without `may_lose` only what costs nothing is repaired. `seed` is
+/// any number that no other node has.
+pub async fn run(
+    dev: &Arc<dyn BlockDevice>,
+    may_lose: bool,
+    options: Options,
+    seed: u64,
+    progress: Option<Notify<'_>>,
+) -> Result<Outcome, RepairError> {
+    // Also refuses a volume that is mounted, before anything is written.
+    let mut report = check_with(dev, options, progress).await?;
+    if report.read_only_features != 0 {
+        return Err(CheckError::ReadOnlyFeatures { features: report.read_only_features }.into());
     }
+    let mut repairs = Vec::new();
+    let mut left = Vec::new();
+    repairs.extend(superblock(dev, may_lose).await?);
+    if report.truncated {
+        left.push(repaired("device".into(), "was truncated: it must have its old size first"));
+        return Ok(Outcome { repairs, left, report });
+    }
+    repairs.extend(cells(dev).await?);
+    repairs.extend(slots(dev, &report.lost_slots, may_lose, seed).await?);
+    if report.replayable || may_lose {
+        repairs.extend(recover(dev, &report.dead, may_lose, seed.wrapping_add(1)).await?);
+    }
+    if !repairs.is_empty() {
+        report = check_with(dev, options, progress).await?;
+    }
+    if !report.is_clean() {
+        if !report.dead.is_empty() || !report.lost_slots.is_empty() {
+            left.push(repaired("journals".into(), "are to be replayed first, which only -y can do"));
+            return Ok(Outcome { repairs, left, report });
+        }
+        let damaged = std::mem::take(&mut report.damaged);
+        let done = correct(dev, Some(damaged), may_lose, seed.wrapping_add(2), progress).await?;
+        match done.refused {
+            true => left = done.losses,
+            false => repairs.extend(done.losses),
+        }
+        repairs.extend(done.repairs);
+        report = check_with(dev, options, progress).await?;
+    }
+    Ok(Outcome { repairs, left, report })
+}
+
+/// What the correction of the trees came to.
+#[derive(Debug, Default)]
+pub struct Corrected {
+    pub repairs: Vec<Repair>,
+    /// What would lose something that cannot be read any more or makes no sense. If that was not allowed, nothing but journals that
+    /// hold nothing was changed.
+    pub losses: Vec<Repair>,
+    pub refused: bool,
+}
+
+/// Corrects trees, names, counts, lock blocks and bitmaps. Claims the volume for itself; no node may have it mounted, dead nodes
+/// must have been recovered. `damaged` are the domains that a check has found something in, if there was one; more may turn out
+/// to be. Without `may_lose`, nothing is changed if anything would be lost.
+pub async fn correct(
+    dev: &Arc<dyn BlockDevice>,
+    damaged: Option<BTreeSet<u32>>,
+    may_lose: bool,
+    seed: u64,
+    progress: Option<Notify<'_>>,
+) -> Result<Corrected, RepairError> {
     let first = dev.read(IoClass::Meta, 0, BLOCK as usize).await?;
-    let sb = Superblock::decode(&first)?;
-    let layout = sb.layout();
-    let node = Node::join(JoinConfig {
-        device: dev.clone(),
-        layout: layout.cluster(),
-        timeouts: sb.timeouts,
-        hint_key: sb.hint_key,
-        net: None,
-        host_name: "fsck.clusterfs".into(),
-        recoverer: Arc::new(JournalRecoverer::new(dev.clone(), layout)),
-        seed,
-    })
-    .await?;
-    node.start(Arc::new(NoLocks));
-    let waited = ended(dev, &layout.cluster(), dead, &sb, &node).await;
-    // The slot is given up whatever happened; if that fails too, the next node takes it over.
+    let layout = Superblock::decode(&first)?.layout();
+    let (node, sb) = members::join(dev, Arc::new(JournalRecoverer::new(dev.clone(), layout)), seed).await?;
+    let done = claimed(&node, &sb, damaged, may_lose, progress.unwrap_or(&|_| ())).await;
+    let freed = node.unclaim_all().await;
     let left = node.leave().await;
-    let done = waited?;
+    let done = done?;
+    freed?;
     left?;
     Ok(done)
 }
 
-/// Waits until every one of `dead` has ended.
-async fn ended(
-    dev: &Arc<dyn BlockDevice>,
-    layout: &cluster::Layout,
-    dead: &[NodeId],
-    sb: &Superblock,
+async fn claimed(
     node: &Arc<Node>,
-) -> Result<Vec<Repair>, RepairError> {
-    let end = Instant::now() + sb.timeouts.dead_unfenced() + 2 * sb.timeouts.dead_after() + REPLAY_TIME;
-    loop {
-        let mut left = None;
-        for d in dead {
-            let at = layout.slot_block(d.slot);
-            let sector = dev.read(IoClass::Lock, at, layout.stride as usize).await?;
-            let block = cluster::SlotBlock::decode(&sector, layout.volume, d.slot);
-            let over = block.as_ref().is_ok_and(|b| b.last_ended >= d.incarnation || b.state == SlotState::Free);
-            if !over {
-                left = Some(*d);
-            }
+    sb: &Superblock,
+    damaged: Option<BTreeSet<u32>>,
+    may_lose: bool,
+    tell: Notify<'_>,
+) -> Result<Corrected, RepairError> {
+    match node.claim_all().await {
+        Ok(()) => {}
+        Err(ClusterError::Damaged { what, .. }) => {
+            let losses = vec![repaired(what, "is damaged: without it the volume cannot be claimed for repair")];
+            return Ok(Corrected { losses, refused: true, ..Corrected::default() });
         }
-        match left {
-            None => return Ok(dead.iter().map(|d| repaired(format!("journal of {d}"), "replayed")).collect()),
-            Some(d) if Instant::now() >= end || !node.is_live() => return Err(RepairError::NotRecovered(d)),
-            Some(_) => tokio::time::sleep(sb.timeouts.heartbeat() / 4).await,
+        Err(e) => return Err(e.into()),
+    }
+    let layout = sb.layout();
+    let dev = node.guarded_device();
+    let mut latest = BTreeMap::new();
+    let mut emptied = Vec::new();
+    for slot in 0..layout.nodes {
+        let areas = layout.cluster();
+        let sector = dev.read(IoClass::Lock, areas.slot_block(slot), areas.stride as usize).await?;
+        let block = cluster::SlotBlock::decode(&sector, areas.volume, slot).map_err(|_| RepairError::Slot(slot))?;
+        latest.insert(slot, block.incarnation);
+        // Its nodes have all ended: there is nothing in it that was not placed.
+        let region = layout.journal(slot);
+        if journal::last_opened_by(&dev, region).await.is_err() {
+            members::clear(&dev, &layout, slot).await?;
+            emptied.push(repaired(format!("journal of slot {slot}"), "emptied: its nodes have ended, it held nothing"));
         }
+    }
+    let r = Reader { dev: dev.clone(), volume: layout.volume, blocks: layout.blocks, replayed: BTreeMap::new() };
+    let mut damaged = match damaged {
+        Some(d) => d,
+        None => load::all_damaged(&r, layout, &latest, tell).await?,
+    };
+    let (v, plan, mut log) = loop {
+        let mut log = Log::default();
+        let mut v = load::load(&r, layout, &mut damaged, &latest, tell).await?;
+        for (place, text) in std::mem::take(&mut v.damage) {
+            log.lose(place, text);
+        }
+        objects::correct(&mut v, &mut log);
+        let touched = names::correct(&mut v, &r, &mut log).await;
+        if touched.is_subset(&damaged) {
+            let plan = build::plan(&mut v, &mut log)?;
+            break (v, plan, log);
+        }
+        // What it takes to correct these names is in domains that are whole: once more, with them.
+        damaged.extend(touched);
+    };
+    let refused = !may_lose && !log.losses.is_empty();
+    if !refused {
+        build::write(&dev, &v, &plan, &latest, &mut log).await?;
+    }
+    let Log { mends, losses } = log;
+    if !refused {
+        emptied.extend(mends);
+    }
+    Ok(Corrected { repairs: emptied, losses, refused })
+}
+
+/// What is being corrected, and whether it costs anything.
+#[derive(Default)]
+struct Log {
+    mends: Vec<Repair>,
+    losses: Vec<Repair>,
+}
+
+impl Log {
+    fn mend(&mut self, place: String, text: String) {
+        self.mends.push(Repair { place, text });
+    }
+
+    fn lose(&mut self, place: String, text: String) {
+        self.losses.push(Repair { place, text });
     }
 }

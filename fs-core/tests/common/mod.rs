@@ -6,7 +6,7 @@ use std::sync::Arc;
 use blockdev::BlockDevice;
 use blockdev::FencingKind;
 use blockdev::sim::{SimConfig, SimDisk, SimNode};
-use fs_core::{Atime, Caller, MountConfig, NewNode, NoKernelCache, Time, Volume, WallClock};
+use fs_core::{Atime, Caller, MountConfig, MountError, NewNode, NoKernelCache, Time, Volume, WallClock};
 
 struct SimClock(tokio::time::Instant);
 
@@ -42,7 +42,16 @@ pub async fn mount(disk: &Arc<SimDisk>, name: &str) -> Arc<Volume> {
 }
 
 pub async fn mount_on(device: Arc<SimNode>, name: &str) -> Arc<Volume> {
-    Volume::mount(MountConfig {
+    Volume::mount(config(device, name)).await.expect("mount")
+}
+
+/// For volumes that may be damaged.
+pub async fn try_mount(disk: &Arc<SimDisk>, name: &str) -> Result<Arc<Volume>, MountError> {
+    Volume::mount(config(disk.open(name), name)).await
+}
+
+fn config(device: Arc<SimNode>, name: &str) -> MountConfig {
+    MountConfig {
         device,
         net: None,
         clock: Arc::new(SimClock(tokio::time::Instant::now())),
@@ -53,9 +62,7 @@ pub async fn mount_on(device: Arc<SimNode>, name: &str) -> Arc<Volume> {
         atime: Atime::Never,
         cache_bytes: 16 << 20,
         dirty_bytes: 8 << 20,
-    })
-    .await
-    .expect("mount")
+    }
 }
 
 /// fsck of the volume, as it lies on the device.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use fuse_session::{MountSpec, Notifier, RunError, Session, UnmountMode};
 use tempfile::TempDir;
 
+use crate::enable::Enabled;
 use crate::memfs::MemFs;
 
 /// Longer than any test takes; then the connection is aborted, and what hangs in the kernel fails.
@@ -20,6 +21,8 @@ pub struct Mounted {
     pub fs: Arc<MemFs>,
     server: Option<JoinHandle<Result<(), RunError>>>,
     watchdog: Option<(Sender<()>, JoinHandle<()>)>,
+    /// Last: as long as the mount.
+    _enabled: Option<Enabled>,
 }
 
 impl Mounted {
@@ -28,6 +31,11 @@ impl Mounted {
     }
 
     pub fn with_flags(flags: u64) -> Mounted {
+        Mounted::with_switch(flags, crate::URING.then(Enabled::new))
+    }
+
+    /// `enabled` is kept as long as the mount.
+    pub fn with_switch(flags: u64, enabled: Option<Enabled>) -> Mounted {
         let dir = tempfile::tempdir().unwrap();
         let spec = MountSpec { flags, ..MountSpec::new("/dev/test-lun", "clusterfs", dir.path()) };
         let session = Session::mount(&spec).expect("these tests need root and /dev/fuse");
@@ -43,7 +51,7 @@ impl Mounted {
                 watched.unmount(UnmountMode::Force).ok();
             }
         });
-        Mounted { dir, session, fs, server: Some(server), watchdog: Some((alive, watchdog)) }
+        Mounted { dir, session, fs, server: Some(server), watchdog: Some((alive, watchdog)), _enabled: enabled }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

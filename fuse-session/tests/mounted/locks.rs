@@ -1,6 +1,7 @@
 //! File locks: the two kinds kept apart, and a waiting request given up when its process gets a signal.
 
 use std::fs::File;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -131,4 +132,33 @@ fn interrupts_that_race_with_their_request_are_never_lost() {
         waiter.join().unwrap();
     });
     assert_eq!(m.fs.state.lock().parked(), 0);
+}
+
+/// With io_uring a waiting request holds an entry; all on one processor, and at the same time, so that many find no
+/// entry at all.
+#[test]
+fn requests_that_wait_never_keep_out_the_one_that_ends_their_waiting() {
+    const WAITERS: usize = 200;
+    let m = Mounted::new();
+    let holder = open(&m);
+    sys::flock(&holder, libc::LOCK_EX).unwrap();
+    let files: Vec<File> = (0..WAITERS).map(|_| open(&m)).collect();
+    let (start, got) = (std::sync::Barrier::new(WAITERS), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for file in &files {
+            let (start, got) = (&start, &got);
+            scope.spawn(move || {
+                sys::run_on_cpu(0);
+                start.wait();
+                sys::flock(file, libc::LOCK_EX).unwrap();
+                got.fetch_add(1, Ordering::SeqCst);
+                sys::flock(file, libc::LOCK_UN).unwrap();
+            });
+        }
+        sys::run_on_cpu(0);
+        wait_until("parking of all", || m.fs.state.lock().parked() == WAITERS);
+        assert_eq!(got.load(Ordering::SeqCst), 0);
+        sys::flock(&holder, libc::LOCK_UN).unwrap();
+    });
+    assert_eq!(got.load(Ordering::SeqCst), WAITERS);
 }

@@ -3,9 +3,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod enable;
 mod guard;
 mod locks;
 mod memfs;
 mod notify;
 mod ops;
 mod sys;
+
+/// Requests come through /dev/fuse; `tests/uring` runs the same tests with io_uring.
+const URING: bool = false;

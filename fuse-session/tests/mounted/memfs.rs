@@ -291,7 +291,8 @@ impl Handler for MemFs {
             | InitFlags::SETXATTR_EXT
             | InitFlags::HAS_EXPIRE_ONLY
             | InitFlags::CREATE_SUPP_GROUP
-            | InitFlags::DONT_MASK;
+            | InitFlags::DONT_MASK
+            | if crate::URING { InitFlags::OVER_IO_URING } else { InitFlags::default() };
         assert!(offer.flags.contains(InitFlags::INIT_EXT));
         InitConfig { flags, ..InitConfig::default() }
     }

@@ -175,3 +175,12 @@ pub fn thread_self() -> libc::pthread_t {
 pub fn signal(thread: libc::pthread_t, signal: i32) {
     unsafe { libc::pthread_kill(thread, signal) };
 }
+
+/// Of the calling thread.
+pub fn run_on_cpu(cpu: usize) {
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        check(libc::sched_setaffinity(0, size_of_val(&set), &raw const set).into()).unwrap();
+    }
+}

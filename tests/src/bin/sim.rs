@@ -39,18 +39,21 @@ enum Command {
         /// Stop after this many failures
         #[arg(long, default_value_t = 10)]
         failures: usize,
+        /// Only seeds of volumes that are locked without compare-and-write
+        #[arg(long)]
+        plain: bool,
     },
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     match (args.command, args.seed) {
-        (Some(Command::Soak { first, seeds, seconds, threads, failures }), _) => {
+        (Some(Command::Soak { first, seeds, seconds, threads, failures, plain }), _) => {
             let first = first.unwrap_or_else(clusterfs_tests::sim::fresh_seed);
             let seconds = seconds.or(if seeds.is_none() { Some(60) } else { None });
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
             let time = seconds.map(Duration::from_secs);
-            many(Plan { first, seeds, time, threads: threads.unwrap_or(cores), failures })
+            many(Plan { first, seeds, time, threads: threads.unwrap_or(cores), failures, plain })
         }
         (None, Some(seed)) => one(seed, args.quiet),
         (None, None) => {

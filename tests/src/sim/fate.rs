@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::client::{Client, DIR, WHO};
+use super::locker::{Locked, Locker};
 use super::mail::{Mail, Mailer};
 use super::shared::{Racer, Shared};
 use super::world::{Host, Outcome, Stop, World};
@@ -52,6 +53,7 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     let Some(first) = world.start(0, None).await? else { return Err(Stop::Down) };
     let mail = Mail::make(world, &first, ROOT_INO).await?;
     let shared = Shared::make(world, &first, ROOT_INO).await?;
+    let locked = Locked::make(world, &first, ROOT_INO).await?;
     let mut roots = Vec::new();
     for c in 0..world.setup.clients {
         let name = format!("tree{c}");
@@ -71,6 +73,9 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     }
     for i in 0..world.setup.racers {
         mailers.spawn(Racer::new(world.clone(), shared.clone(), i).live());
+    }
+    for i in 0..world.setup.lockers() {
+        mailers.spawn(Locker::new(world.clone(), locked.clone(), i).live());
     }
     accidents(world, &mut rng).await?;
     world.over.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -154,6 +159,8 @@ async fn hiccup(world: &Arc<World>, rng: &mut StdRng, host: &Host) {
     tokio::time::sleep(time).await;
     host.dev.hang(false);
     world.accident();
+    // It renews its lease before the next accident: two in a row may be longer than one lease.
+    tokio::time::sleep(Duration::from_secs(2)).await;
 }
 
 /// The device answers, but takes its time: less than would end a lease.

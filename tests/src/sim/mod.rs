@@ -6,14 +6,16 @@
 //! - what was made durable (fsync, sync, or another node having seen it) is there after any loss of nodes and of power;
 //! - of the rest a prefix of the dead node's changes of names and inodes is there, and contents are those of a moment
 //!   between the last sync and the crash (see `docs/SEMANTICS.md`);
+//! - no two processes hold conflicting file locks, and every wait for one ends;
 //! - survivors get on within a few seconds; nobody hangs;
 //! - the check of fsck finds nothing, neither with the journals of the dead unreplayed nor at the end.
 //!
 //! [`world`] has the hosts and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
-//! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores.
+//! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores.
 
 mod client;
 mod fate;
+mod locker;
 mod mail;
 mod setup;
 mod shared;

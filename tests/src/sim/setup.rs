@@ -51,6 +51,8 @@ pub struct Setup {
     pub span: Duration,
     /// Longest pause between two operations of a client.
     pub think_ms: u64,
+    /// Locks without compare-and-write.
+    pub plain: bool,
 }
 
 impl Setup {
@@ -90,6 +92,8 @@ impl Setup {
             dirty_bytes: pick(&mut rng, &[64 << 10, 8 << 20]) as usize,
             span: Duration::from_millis(rng.random_range(5_000..25_000)),
             think_ms: pick(&mut rng, &[20, 100, 200]),
+            // Where nothing fences: others' nodes are waited out in any case.
+            plain: fencing == FencingKind::None && rng.random_bool(0.5),
         }
     }
 
@@ -107,6 +111,11 @@ impl Setup {
         }
     }
 
+    /// Processes that lock a file: none in some runs.
+    pub fn lockers(&self) -> usize {
+        [0, 2, 3, 5][self.seed as usize % 4]
+    }
+
     pub fn timeouts(&self) -> Timeouts {
         timeouts(self.queue)
     }
@@ -116,7 +125,7 @@ impl Setup {
     }
 
     pub fn layout(&self) -> cluster::Layout {
-        made(self.journal_bytes, self.nodes()).1
+        made(self.journal_bytes, self.nodes(), self.plain).1
     }
 
     /// A device with an empty volume.
@@ -130,7 +139,7 @@ impl Setup {
         }
         cfg.late_write_delay = self.late_write_delay;
         cfg.latency_us = self.latency_us.0..=self.latency_us.1;
-        SimDisk::from_snapshot(cfg, &made(self.journal_bytes, self.nodes()).0)
+        SimDisk::from_snapshot(cfg, &made(self.journal_bytes, self.nodes(), self.plain).0)
     }
 }
 
@@ -139,21 +148,24 @@ fn timeouts(queue: Duration) -> Timeouts {
 }
 
 type Made = (Arc<SimImage>, cluster::Layout);
+/// Bytes of a journal, nodes, whether the locks are plain.
+type Kind = (u64, u16, bool);
 
 /// Volumes are made once per process; they do not depend on the seed.
-fn made(journal_bytes: u64, nodes: u16) -> Made {
-    static MADE: OnceLock<Mutex<BTreeMap<(u64, u16), Made>>> = OnceLock::new();
+fn made(journal_bytes: u64, nodes: u16, plain: bool) -> Made {
+    static MADE: OnceLock<Mutex<BTreeMap<Kind, Made>>> = OnceLock::new();
     let mut made = MADE.get_or_init(Default::default).lock();
-    made.entry((journal_bytes, nodes)).or_insert_with(|| make(journal_bytes, nodes)).clone()
+    made.entry((journal_bytes, nodes, plain)).or_insert_with(|| make(journal_bytes, nodes, plain)).clone()
 }
 
-fn make(journal_bytes: u64, nodes: u16) -> Made {
+fn make(journal_bytes: u64, nodes: u16, plain: bool) -> Made {
     let disk = SimDisk::new(SimConfig::new(SIZE, 7));
     let raw: Arc<dyn BlockDevice> = disk.open_raw();
     let opts = mkfs::FormatOptions {
         nodes: Some(nodes),
         journal_size: Some(journal_bytes),
         timeouts: timeouts(QUEUE),
+        locks: if plain { mkfs::Locks::Plain } else { mkfs::Locks::CompareAndWrite },
         ..mkfs::FormatOptions::seeded(7)
     };
     let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::setup::Setup;
 use super::{Failure, Totals, run};
 
 /// How much to run.
@@ -17,6 +18,8 @@ pub struct Plan {
     pub threads: usize,
     /// Stop after this many failures.
     pub failures: usize,
+    /// Leave out all seeds but those of volumes that are locked without compare-and-write.
+    pub plain: bool,
 }
 
 #[derive(Debug, Default)]
@@ -41,6 +44,9 @@ pub fn soak(plan: Plan, tell: &(dyn Fn(&Report, Option<&Failure>) + Sync)) -> Re
                         || report.lock().failures.len() >= plan.failures;
                     if enough {
                         return;
+                    }
+                    if plan.plain && !Setup::new(seed).plain {
+                        continue;
                     }
                     let done = run(seed, false);
                     let mut r = report.lock();

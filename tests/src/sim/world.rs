@@ -71,6 +71,10 @@ impl Host {
     }
 
     pub fn dead(&self) -> bool {
+        if self.faulty.load(Relaxed) && self.volume.has_failed() {
+            // By a failed command in the background, which no operation has been told of yet.
+            self.dev.crash();
+        }
         self.lost.load(Relaxed) || self.dev.mode() == NodeMode::Crashed
     }
 
@@ -483,6 +487,17 @@ impl World {
     /// Runs an operation of a host to its end, unless the host dies; it must end in time.
     pub async fn call<T>(&self, host: &Host, what: &str, op: impl Future<Output = T>) -> Outcome<T> {
         self.bounded(host.ended(), &format!("{} {what}", host.name()), self.setup.patience(), op).await
+    }
+
+    /// As [`World::call`], for what may take longer.
+    pub async fn call_within<T>(
+        &self,
+        host: &Host,
+        what: &str,
+        patience: Duration,
+        op: impl Future<Output = T>,
+    ) -> Outcome<T> {
+        self.bounded(host.ended(), &format!("{} {what}", host.name()), patience, op).await
     }
 
     async fn bounded<T>(

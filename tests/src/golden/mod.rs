@@ -1,16 +1,29 @@
 //! The golden volumes in `images/`: small volumes of this version of the format, made once and kept, so that a change of the
-//! format that old volumes do not survive is noticed. `cargo run -p clusterfs-tests --bin clusterfs-images -- DIR` makes them.
+//! format that old volumes do not survive is noticed; and each kind of damage to them, as patches, with what fsck and a mount say
+//! of it. `cargo run -p clusterfs-tests --bin clusterfs-images -- DIR` makes them.
 
-use std::collections::BTreeMap;
+pub mod damage;
+mod edit;
+mod patch;
+mod said;
+
+use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 
 use blockdev::sim::{SimConfig, SimDisk, SimNode};
 use blockdev::{BlockDevice, FencingKind, IoClass};
+use flate2::read::GzDecoder;
 use fs_core::{
     Atime, Caller, Fallocate, MountConfig, NewNode, NoKernelCache, ROOT_INO, Rename, SetAttr, Time, Volume, WallClock,
     WriteOptions, XattrSet,
 };
+
+pub use edit::Image;
+pub use patch::Patch;
+pub use said::{fsck, said};
 
 /// Names of the volumes and how many nodes' journals are to be replayed.
 pub const VOLUMES: [(&str, usize); 3] = [("clean", 0), ("one-dead", 1), ("all-dead", 3)];
@@ -18,7 +31,7 @@ pub const VOLUMES: [(&str, usize); 3] = [("clean", 0), ("one-dead", 1), ("all-de
 const SIZE: u64 = 16 << 20;
 const WHO: Caller = Caller { uid: 1000, gid: 100 };
 
-type Error = Box<dyn std::error::Error>;
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 struct Fixed(tokio::time::Instant);
 
@@ -78,6 +91,15 @@ pub async fn make(dead: usize) -> Result<Vec<u8>, Error> {
     Ok(raw.read(IoClass::Meta, 0, SIZE as usize).await?.to_vec())
 }
 
+/// A golden volume's bytes, from where they are kept.
+pub fn unpack(dir: &Path, name: &str) -> Result<Vec<u8>, Error> {
+    let path = dir.join(format!("{name}.img.gz"));
+    let packed = std::fs::File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let mut bytes = Vec::new();
+    GzDecoder::new(packed).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Every kind of thing that a volume can hold.
 async fn populate(v: &Volume, name: &str) -> Result<(), Error> {
     let dir = NewNode { mode: 0o2750, umask: 0o027, rdev: 0 };
@@ -116,28 +138,49 @@ async fn populate(v: &Volume, name: &str) -> Result<(), Error> {
 
 /// What is in a volume, a line each: path, type and mode, owner, links, size, contents' checksum, attributes.
 pub async fn listing(v: &Volume) -> Result<String, Error> {
-    let mut lines = BTreeMap::new();
+    let lines = walk(v, true).await?;
+    Ok(lines.into_iter().map(|l| l + "\n").collect())
+}
+
+/// As [`listing`], with the error where something cannot be read; in order.
+pub async fn names(v: &Volume) -> Vec<String> {
+    walk(v, false).await.unwrap_or_default().into_iter().collect()
+}
+
+async fn walk(v: &Volume, strict: bool) -> Result<BTreeSet<String>, Error> {
+    let mut lines = BTreeSet::new();
+    let mut seen = BTreeSet::from([ROOT_INO]);
     let mut todo = vec![(String::new(), ROOT_INO)];
     while let Some((path, dir)) = todo.pop() {
         let mut after = 0;
         loop {
-            let batch = v.readdir(dir, after, 100, false).await?.value;
+            let batch = match v.readdir(dir, after, 100, false).await {
+                Ok(b) => b.value,
+                Err(e) if strict => return Err(e.into()),
+                Err(e) => {
+                    lines.insert(format!("{path}/ cannot be listed: {e}"));
+                    break;
+                }
+            };
             let Some(last) = batch.last() else { break };
             after = last.cookie;
             for e in batch {
                 let path = format!("{path}/{}", e.name.escape_ascii());
-                lines.insert(path.clone(), describe(v, e.ino).await?);
-                if v.getattr(e.ino).await?.value.inode.is_dir() {
+                let line = match describe(v, e.ino).await {
+                    Ok(text) => format!("{path} {text}"),
+                    Err(e) if strict => return Err(e),
+                    Err(e) => format!("{path} cannot be read: {e}"),
+                };
+                lines.insert(line);
+                // A damaged volume may have directories in circles.
+                let is_dir = v.getattr(e.ino).await.is_ok_and(|a| a.value.inode.is_dir());
+                if is_dir && seen.insert(e.ino) {
                     todo.push((path, e.ino));
                 }
             }
         }
     }
-    let mut out = String::new();
-    for (path, what) in lines {
-        writeln!(out, "{path} {what}")?;
-    }
-    Ok(out)
+    Ok(lines)
 }
 
 async fn describe(v: &Volume, ino: u64) -> Result<String, Error> {
