@@ -112,11 +112,8 @@ impl Group {
         let (extent, range) = (layout.group_extent(number), layout.group_domains(number));
         let mut domains = Bits::new(u64::from(range.end - range.start));
         used.iter().for_each(|d| domains.set(u64::from(d - range.start), true));
-        let header = GroupHeader {
-            free_blocks: extent.len,
-            free_domains: domains.count_clear() as u32,
-            written_bitmaps: 0,
-        };
+        let header =
+            GroupHeader { free_blocks: extent.len, free_domains: domains.count_clear() as u32, written_bitmaps: 0 };
         let block = Arc::new(Block::zeroed(BLOCK_SIZE));
         Self {
             number,

@@ -62,12 +62,7 @@ impl Volume {
 
     /// The lock block of a domain that is not used any more; its number can be taken again afterwards. It was freed under `tenure` of
     /// its group.
-    pub(crate) async fn give_back_domain(
-        &self,
-        domain: &Arc<Domain>,
-        next_local: Option<u64>,
-        tenure: Option<Tenure>,
-    ) {
+    pub(crate) async fn give_back_domain(&self, domain: &Arc<Domain>, next_local: Option<u64>, tenure: Option<Tenure>) {
         let _turn = domain.hold.turn.lock().await;
         domain.hold.begin_giving_up();
         domain.hold.serve_uncached().await;
