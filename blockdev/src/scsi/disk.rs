@@ -30,8 +30,8 @@ use super::pieces::{join, split};
 use super::reservation::{self, Owner};
 use super::{Command, Piece, Reply, Transfer, Transport};
 use crate::{
-    AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, Geometry, IoClass, Presence, Registrations,
-    Result, WritePermit, range,
+    Abilities, AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, Geometry, IoClass, Presence,
+    Registrations, Result, WritePermit, range,
 };
 
 /// How long a device may say that it is busy or becoming ready.
@@ -160,7 +160,7 @@ impl ScsiDisk {
         }
         what.io(
             ErrorKind::PermissionDenied,
-            "the device is reserved for others: nodes that have it mounted, or another program (`clusterfs status` shows who)",
+            "the device is reserved for others: nodes that have it mounted, or another program (`clusterfs probe` shows who)",
         )
     }
 
@@ -481,6 +481,10 @@ impl BlockDevice for ScsiDisk {
         self.list_registrations().await
     }
 
+    fn abilities(&self) -> Option<Abilities> {
+        Some(self.features.told(self.geometry.sector_size))
+    }
+
     async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let op = "discard";
         let size = self.geometry.size;
@@ -493,7 +497,7 @@ impl BlockDevice for ScsiDisk {
         }
         let (mut lba, mut rest) = (self.blocks(offset), self.blocks(len));
         while rest > 0 {
-            let blocks = rest.min(u64::from(self.features.max_unmap)) as u32;
+            let blocks = rest.min(u64::from(self.features.limits.unmap)) as u32;
             let (cdb, list) = cdb::unmap(lba, blocks);
             let list = Arc::new(AlignedBuf::copy_of(&list));
             let make = || (cdb, Transfer::Out(vec![Piece::whole(list.clone())]));

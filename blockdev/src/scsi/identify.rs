@@ -8,7 +8,7 @@ use super::disk::{Answer, Refusal, ScsiDisk, What};
 use super::reservation;
 use super::{Transfer, Transport};
 use crate::image::OpenMode;
-use crate::{FenceKey, FencingKind, Geometry, Result};
+use crate::{Abilities, FenceKey, FencingKind, Geometry, Result};
 
 /// Largest single transfer in bytes.
 const MAX_TRANSFER: usize = 1 << 20;
@@ -25,8 +25,23 @@ pub(crate) struct Features {
     pub unmap: bool,
     /// Bytes.
     pub max_transfer: usize,
-    /// Blocks.
-    pub max_unmap: u32,
+    /// As announced.
+    pub limits: cdb::Limits,
+}
+
+impl Features {
+    pub fn told(&self, sector_size: u32) -> Abilities {
+        Abilities {
+            product: self.product.clone(),
+            announced_compare_and_write: self.limits.compare_and_write,
+            compare_and_write: self.compare_and_write,
+            fua: self.fua,
+            reservations: self.reservations,
+            persists: self.persists,
+            unmap: self.unmap,
+            max_transfer: u64::from(self.limits.transfer) * u64::from(sector_size),
+        }
+    }
 }
 
 impl ScsiDisk {
@@ -41,7 +56,7 @@ impl ScsiDisk {
             persists: false,
             unmap: false,
             max_transfer: MAX_TRANSFER,
-            max_unmap: 0,
+            limits: cdb::Limits::default(),
         };
         let mut disk = Self::new(transport, features, geometry, mode == OpenMode::ReadWrite);
         disk.identify().await?;
@@ -67,6 +82,7 @@ impl ScsiDisk {
             let why = format!("blocks of {sector_size} bytes are not supported, only of 512 or 4096");
             return Err(what.io(ErrorKind::Unsupported, why));
         };
+        self.identify_reservations().await?;
         let (write_cache, fua) = self.caching(what).await?;
         let limits = match self.ask(what, cdb::inquiry(Some(0xb0))).await? {
             Ok(page) => cdb::limits(&page),
@@ -78,13 +94,12 @@ impl ScsiDisk {
             product: cdb::product(&inquiry),
             fua,
             compare_and_write: self.knows_compare_and_write(limits).await?,
-            reservations: false,
-            persists: false,
+            reservations: self.features.reservations,
+            persists: self.features.persists,
             unmap: cdb::provisioned(&capacity) && limits.unmap > 0,
             max_transfer: if most == 0 { MAX_TRANSFER } else { MAX_TRANSFER.min(most as usize) },
-            max_unmap: limits.unmap,
+            limits,
         };
-        self.identify_reservations().await?;
         if self.features.reservations {
             self.geometry.fencing = FencingKind::Reservations;
         }

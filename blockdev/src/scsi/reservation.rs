@@ -367,7 +367,9 @@ impl ScsiDisk {
                         None => list.foreign.push(key),
                     }
                 }
-                list.reservation = self.reservation(connection).await?.map(|(_, kind)| type_name(kind));
+                let reservation = self.reservation(connection).await?;
+                list.reservation = reservation.map(|(_, kind)| type_name(kind));
+                list.foreign_holder = reservation.map(|(key, _)| key).filter(|key| *key != 0 && decode(*key).is_none());
                 Ok(Some(list))
             })
         })

@@ -1,0 +1,132 @@
+//! `clusterfs probe` on iSCSI targets. Needs root, the programs and the packages that
+//! `cargo xtask setup` installs.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use clusterfs_tests::cluster::{Cluster, programs};
+use clusterfs_tests::iscsi_target::{Kind, Shape, Target};
+use serde_json::Value;
+
+const SIZE: u64 = 256 << 20;
+const LIMIT: Duration = Duration::from_secs(100);
+
+fn probe(args: &[&str]) -> Output {
+    Command::new(programs().unwrap().join("clusterfs")).arg("probe").args(args).output().unwrap()
+}
+
+fn stdout(out: &Output) -> String {
+    String::from_utf8(out.stdout.clone()).unwrap() + &String::from_utf8_lossy(&out.stderr)
+}
+
+fn json(url: &str, more: &[&str]) -> (Value, i32) {
+    let out = probe(&[&["--json", url], more].concat());
+    let report = serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{e}: {}", stdout(&out)));
+    (report, out.status.code().unwrap())
+}
+
+fn level<'a>(report: &'a Value, check: &str) -> (&'a str, &'a str) {
+    let all = report["findings"].as_array().unwrap();
+    let f = all.iter().find(|f| f["check"] == check).unwrap_or_else(|| panic!("no {check} in {report:#}"));
+    (f["level"].as_str().unwrap(), f["text"].as_str().unwrap())
+}
+
+fn registrations(url: &str) -> String {
+    let (report, _) = json(url, &[]);
+    level(&report, "registered").1.to_string()
+}
+
+fn blank(target: &Target) -> bool {
+    fs::read(target.lun()).unwrap().iter().all(|b| *b == 0)
+}
+
+/// tgt, made to accept COMPARE AND WRITE: everything that a node needs.
+#[test]
+fn a_target_that_does_all() {
+    for block_size in [512, 4096] {
+        let target = Target::with(SIZE, Shape { block_size, ..Shape::local(Kind::Tgt).unwrap() }).unwrap();
+        let (r, code) = json(&target.url(), &[]);
+        println!("{r:#}");
+        assert_eq!(code, 0, "{r:#}");
+        assert_eq!((&r["sector_size"], &r["size"]), (&block_size.into(), &SIZE.into()));
+        assert_eq!(
+            (&r["compare_and_write"], &r["reservations"], &r["written"]),
+            (&true.into(), &true.into(), &false.into())
+        );
+        assert!(r["verdict"].as_str().unwrap().contains("--write tries it"), "{r:#}");
+        let (r, code) = json(&target.url(), &["--write"]);
+        println!("{r:#}");
+        assert_eq!(code, 0, "{r:#}");
+        assert_eq!(r["verdict"], "fit for several hosts; a dead node is fenced");
+        assert!(level(&r, "compare-and-write race").1.starts_with("800 increments by 4 connections"), "{r:#}");
+        for check in ["compare-and-write race", "miscompare", "durable writes", "fencing", "put back"] {
+            assert_eq!(level(&r, check).0, "ok", "{r:#}");
+        }
+        assert!(blank(&target), "the check left something behind");
+        assert_eq!(registrations(&target.url()), "nobody");
+        let text = stdout(&probe(&[&target.url()]));
+        assert!(text.contains("IET VIRTUAL-DISK") && text.contains("\nverdict: fit for several hosts"), "{text}");
+    }
+}
+
+/// Debian's tgt announces COMPARE AND WRITE, and refuses it.
+#[test]
+fn a_target_that_announces_what_it_refuses() {
+    let target = Target::with(SIZE, Shape::local(Kind::PlainTgt).unwrap()).unwrap();
+    for more in [&[][..], &["--write"]] {
+        let (r, code) = json(&target.url(), more);
+        assert_eq!((code, level(&r, "compare-and-write").0), (1, "fail"), "{r:#}");
+        assert!(level(&r, "compare-and-write").1.contains("announces COMPARE AND WRITE and refuses it"), "{r:#}");
+        assert_eq!(r["verdict"], "not fit: compare-and-write");
+    }
+    assert!(blank(&target));
+}
+
+/// Debian's istgt looks right, and damages its list of registrations when one is removed: only the attempt shows it.
+#[test]
+fn a_target_whose_fencing_hits_the_wrong_ones() {
+    let target = Target::with(SIZE, Shape::local(Kind::Istgt("None")).unwrap()).unwrap();
+    let (r, code) = json(&target.url(), &[]);
+    assert_eq!(code, 0, "{r:#}");
+    let (r, code) = json(&target.url(), &["--write"]);
+    println!("{r:#}");
+    assert_eq!(code, 1, "{r:#}");
+    assert_eq!(level(&r, "compare-and-write race").0, "ok", "{r:#}");
+    assert_eq!(level(&r, "fencing").0, "fail", "{r:#}");
+    assert!(r["verdict"].as_str().unwrap().starts_with("not fit: fencing"), "{r:#}");
+    assert_eq!(level(&r, "put back").0, "ok", "{r:#}");
+    assert!(blank(&target));
+}
+
+#[test]
+fn a_volume_is_looked_at_and_not_written_to() {
+    let target = Target::start(SIZE).unwrap();
+    let url = target.url();
+    let c = Cluster::formatted_on(Path::new(&url), 3, LIMIT, &[]).unwrap();
+    c.mount(0).unwrap();
+    let file = c.mount_point(0).join("file");
+    fs::write(&file, "mail").unwrap();
+    fs::File::open(&file).unwrap().sync_all().unwrap();
+    let (r, code) = json(&url, &[]);
+    assert_eq!(code, 0, "{r:#}");
+    assert!(level(&r, "contents").1.contains("a clusterfs volume"), "{r:#}");
+    assert!(level(&r, "registered").1.starts_with("1 nodes"), "{r:#}");
+    let (r, code) = json(&url, &["--write"]);
+    assert_eq!((code, level(&r, "scratch").0), (1, "fail"), "{r:#}");
+    assert!(level(&r, "scratch").1.contains("a clusterfs volume"), "{r:#}");
+    fs::write(&file, "more mail").unwrap();
+    fs::File::open(&file).unwrap().sync_all().unwrap();
+    c.finish();
+}
+
+#[test]
+fn usage_errors_and_devices_that_are_not_there() {
+    assert_eq!(probe(&[]).status.code(), Some(2));
+    assert_eq!(probe(&["--frobnicate", "x"]).status.code(), Some(2));
+    let out = probe(&["/no/such/device"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(stdout(&out).contains("/no/such/device: no such file"), "{}", stdout(&out));
+}
