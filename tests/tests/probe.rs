@@ -1,4 +1,4 @@
-//! `clusterfs probe` on iSCSI targets. Needs root, the programs and the packages that
+//! `clusterfs probe` on iSCSI targets, and disks that somebody else has reserved. Needs root, the programs and the packages that
 //! `cargo xtask setup` installs.
 #![allow(clippy::unwrap_used)]
 
@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use clusterfs_tests::cluster::{Cluster, programs};
+use clusterfs_tests::iscsi_target::stranger::{EXCLUSIVE_ACCESS, Stranger, WRITE_EXCLUSIVE};
 use clusterfs_tests::iscsi_target::{Kind, Shape, Target};
 use serde_json::Value;
 
@@ -129,4 +130,46 @@ fn usage_errors_and_devices_that_are_not_there() {
     let out = probe(&["/no/such/device"]);
     assert_eq!(out.status.code(), Some(1));
     assert!(stdout(&out).contains("/no/such/device: no such file"), "{}", stdout(&out));
+}
+
+/// One line that names the key and what to do, from everybody who would write; nothing is changed. Once the other one has gone,
+/// all is well.
+#[test]
+fn a_disk_reserved_by_another_program_is_refused() {
+    const KEY: u64 = 0x0123_4567_89ab_cdef;
+    let target = Target::start(SIZE).unwrap();
+    let url = target.url();
+    let c = Cluster::formatted_on(Path::new(&url), 3, LIMIT, &[]).unwrap();
+    for (round, kind) in [None, Some(WRITE_EXCLUSIVE), Some(EXCLUSIVE_ACCESS)].into_iter().enumerate() {
+        let mut other = Stranger::register(target.address(), 1, KEY).unwrap();
+        if let Some(kind) = kind {
+            other.reserve(kind).unwrap();
+        }
+        let before = fs::read(target.lun()).unwrap();
+        let refused = c.mount(0).unwrap_err().to_string();
+        // The log of all rounds so far, a line each.
+        let lines: Vec<&str> = refused.lines().filter(|l| l.contains("clusterfs: ")).collect();
+        assert_eq!(lines.len(), round + 1, "{refused}");
+        let line = lines[round];
+        println!("{line}");
+        for what in ["0x123456789abcdef", "another program", "sg_persist --clear", &url] {
+            assert!(line.contains(what), "{line}");
+        }
+        let programs: [(&str, &[&str]); 3] =
+            [("mkfs.clusterfs", &["-q"]), ("mkfs.clusterfs", &["-q", "--force"]), ("fsck.clusterfs", &["-p"])];
+        for (program, args) in programs {
+            let refused = c.program(program, args).unwrap_err().to_string();
+            assert!(refused.contains("0x123456789abcdef") && refused.contains("sg_persist --clear"), "{refused}");
+        }
+        let (r, code) = json(&url, &[]);
+        assert_eq!((code, level(&r, "registered").0), (1, "fail"), "{r:#}");
+        assert!(level(&r, "registered").1.contains("key 0x123456789abcdef"), "{r:#}");
+        assert!(fs::read(target.lun()).unwrap() == before, "something was written");
+        other.clear().unwrap();
+        drop(other);
+        c.mount(0).unwrap();
+        fs::write(c.mount_point(0).join("file"), "mail").unwrap();
+        c.unmount(0).unwrap();
+    }
+    c.finish_after_faults();
 }

@@ -83,6 +83,10 @@ impl ScsiDisk {
             return Err(what.io(ErrorKind::Unsupported, why));
         };
         self.identify_reservations().await?;
+        if self.writable {
+            // Before anything else is asked: the owner may have shut out all others' questions, and is the better reason.
+            self.refuse_reserved().await?;
+        }
         let (write_cache, fua) = self.caching(what).await?;
         let limits = match self.ask(what, cdb::inquiry(Some(0xb0))).await? {
             Ok(page) => cdb::limits(&page),

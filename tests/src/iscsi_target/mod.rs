@@ -6,6 +6,8 @@
 //! | registrations | per session, forgotten when it ends | per initiator port; removing one damages those made after it |
 //! | PREEMPT AND ABORT | no | yes |
 
+pub mod stranger;
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
