@@ -123,6 +123,33 @@ fn a_volume_is_looked_at_and_not_written_to() {
     c.finish();
 }
 
+/// A kernel block device: what the kernel says of it, and the check itself. The image below is not written to past the device.
+#[test]
+fn a_kernel_block_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
+    let losetup = |args: &[&str]| {
+        let out = Command::new("losetup").args(args).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).trim().to_string()
+    };
+    let device = losetup(&["--find", "--show", "--direct-io=on", image.to_str().unwrap()]);
+    let done = [probe(&["--json", "--write", &device]), probe(&["--json", "--write", image.to_str().unwrap()])];
+    losetup(&["-d", &device]);
+    let [r, below] = done.each_ref().map(|out| serde_json::from_slice::<Value>(&out.stdout).unwrap());
+    println!("{r:#}");
+    assert_eq!(done[0].status.code(), Some(0), "{r:#}");
+    assert_eq!((&r["kind"], &r["size"], &r["written"]), (&"block device".into(), &SIZE.into(), &true.into()));
+    assert!(r["kernel"]["write_cache"].as_str().unwrap().starts_with("write "), "{r:#}");
+    assert_eq!(level(&r, "compare-and-write").0, "warn", "{r:#}");
+    let verdict = r["verdict"].as_str().unwrap();
+    assert!(verdict.starts_with("fit for one host") && verdict.contains("--locks=plain"), "{verdict}");
+    assert_eq!(done[1].status.code(), Some(1), "{below:#}");
+    assert!(level(&below, "scratch").1.contains("is set up as /dev/loop"), "{below:#}");
+    assert!(fs::read(&image).unwrap().iter().all(|b| *b == 0));
+}
+
 #[test]
 fn usage_errors_and_devices_that_are_not_there() {
     assert_eq!(probe(&[]).status.code(), Some(2));

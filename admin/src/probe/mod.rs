@@ -103,7 +103,7 @@ async fn write_to(path: &Path, reader: &Arc<dyn BlockDevice>, report: &mut Repor
         // As a node: nothing is registered yet.
         match blockdev::open::open(path, User::Node, None, &Settings::default()).await {
             Ok(dev) => devices.push(dev),
-            Err(e) => return report.push(Finding::new("scratch", Level::Fail, e.to_string())),
+            Err(e) => return report.push(Finding::new("connections", Level::Fail, e.to_string())),
         }
     }
     for finding in write::check(&devices, place).await {

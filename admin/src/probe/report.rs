@@ -134,10 +134,6 @@ impl Report {
         self.fit = self.fit();
         self.written = asked && self.findings.iter().any(|f| f.check == "compare-and-write race");
         let failed: Vec<&str> = self.findings.iter().filter(|f| f.level == Level::Fail).map(|f| f.check).collect();
-        if !self.fit {
-            self.verdict = format!("not fit: {}", failed.join(", "));
-            return;
-        }
         let who = match (self.of, self.fences) {
             (Kind::Iscsi, true) => "for several hosts; a dead node is fenced",
             (Kind::Iscsi, false) => "for several hosts; nothing fences a dead node, it is waited out",
@@ -146,8 +142,15 @@ impl Report {
             }
             (Kind::Image, _) => "for one host with several mounts",
         };
-        let trust = if self.written { "" } else { " (by what it says: --write tries it)" };
-        self.verdict = format!("fit {who}{trust}");
+        self.verdict = if failed == ["scratch"] {
+            format!("not tried, as nothing may be written; by what it says fit {who}")
+        } else if !self.fit {
+            format!("not fit: {}", failed.join(", "))
+        } else if self.written {
+            format!("fit {who}")
+        } else {
+            format!("fit {who} (by what it says: --write tries it)")
+        };
     }
 
     pub fn text(&self) -> String {

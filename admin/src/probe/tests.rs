@@ -233,6 +233,7 @@ async fn nothing_is_written_to_a_device_that_carries_something() {
         let (r, fit) = run(&path, true).await;
         assert!(!fit && r["written"] == false, "{r}");
         assert!(finding(&r, "scratch").contains(what), "{r}");
+        assert!(r["verdict"].as_str().unwrap().starts_with("not tried"), "{r}");
         assert!(std::fs::read(&path).unwrap() == before);
         let (_, fit) = run(&path, false).await;
         assert!(fit, "what it holds says nothing about the device");

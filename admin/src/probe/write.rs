@@ -34,7 +34,11 @@ pub async fn check(devices: &[Dev], place: u64) -> Vec<Finding> {
 pub async fn check_with(devices: &[Dev], keys: &[FenceKey], place: u64) -> Vec<Finding> {
     let first = &devices[0];
     let mut found = Vec::new();
-    if let Err(why) = begin(devices, keys, place).await {
+    if let Err(why) = register(devices, keys).await {
+        // A device without reservations refuses because of somebody else's, which says nothing about the device.
+        let check = if fences(first.as_ref()) { "registering" } else { "scratch" };
+        found.push(Finding::new(check, Level::Fail, why));
+    } else if let Err(why) = look_again(devices, place).await {
         found.push(Finding::new("scratch", Level::Fail, why));
     } else {
         // Each says by its name what was wrong; later ones are worth knowing all the same.
@@ -78,16 +82,24 @@ pub fn keys(count: usize) -> Vec<FenceKey> {
     (0..count as u32).map(|i| FenceKey { slot: TOOL_SLOT, incarnation: first.wrapping_add(i) }).collect()
 }
 
-/// Keeps everybody else off, then looks again whether the device is as it was.
-async fn begin(devices: &[Dev], keys: &[FenceKey], place: u64) -> Outcome<()> {
-    let first = &devices[0];
-    // On an image file the registration is one of the host's locks, which only one can have.
-    let registering = if fences(first.as_ref()) { devices.len() } else { 1 };
-    for (dev, key) in devices.iter().zip(keys).take(registering) {
+/// On an image file the registration is one of the host's locks, which only one can have.
+fn registering(devices: &[Dev]) -> usize {
+    if fences(devices[0].as_ref()) { devices.len() } else { 1 }
+}
+
+/// Keeps everybody else off.
+async fn register(devices: &[Dev], keys: &[FenceKey]) -> Outcome<()> {
+    for (dev, key) in devices.iter().zip(keys).take(registering(devices)) {
         dev.register(*key).await.map_err(text)?;
     }
+    Ok(())
+}
+
+/// Whether the device is as it was before we registered.
+async fn look_again(devices: &[Dev], place: u64) -> Outcome<()> {
+    let first = &devices[0];
     if let Some(r) = first.registrations().await.map_err(text)?
-        && (!r.nodes.is_empty() || !r.foreign.is_empty() || r.tools != registering)
+        && (!r.nodes.is_empty() || !r.foreign.is_empty() || r.tools != registering(devices))
     {
         return Err("others have registered with the device meanwhile: nothing is written".into());
     }
