@@ -86,6 +86,22 @@ fn a_target_that_announces_what_it_refuses() {
     assert!(blank(&target));
 }
 
+/// tgt with many I/O threads compares and writes without a lock between them. Whether two of them meet is chance, so it may try
+/// again; so far the first attempt was always enough.
+#[test]
+fn a_target_whose_compare_and_write_is_not_atomic() {
+    let target = Target::with(SIZE, Shape::local(Kind::ThreadedTgt).unwrap()).unwrap();
+    let (r, code) = json(&target.url(), &[]);
+    assert_eq!(code, 0, "it says nothing of that: {r:#}");
+    let mut attempts = (0..5).map(|_| json(&target.url(), &["--write"]));
+    let (r, _) = attempts.find(|(_, code)| *code == 1).expect("called fit five times");
+    assert_eq!(r["verdict"], "not fit: compare-and-write race", "{r:#}");
+    assert!(level(&r, "compare-and-write race").1.contains("it is not atomic"), "{r:#}");
+    assert_eq!(level(&r, "put back").0, "ok", "{r:#}");
+    assert!(blank(&target));
+    assert_eq!(registrations(&target.url()), "nobody");
+}
+
 /// Debian's istgt looks right, and damages its list of registrations when one is removed: only the attempt shows it.
 #[test]
 fn a_target_whose_fencing_hits_the_wrong_ones() {
