@@ -35,7 +35,7 @@ pub async fn open(path: &Path) -> Result<Volume, Error> {
     let first = superblock_at(dev.as_ref(), 0).await?;
     let (superblock, source) = match first {
         Ok(sb) => (sb, Source::First),
-        Err(e @ SuperblockError::Newer { .. }) => return Err(located(path, &e)),
+        Err(e @ (SuperblockError::Newer { .. } | SuperblockError::Older { .. })) => return Err(located(path, &e)),
         Err(e) => match superblock_at(dev.as_ref(), dev.geometry().size / BLOCK - 1).await? {
             Ok(sb) => (sb, Source::Copy),
             Err(_) => return Err(located(path, &e)),

@@ -428,7 +428,7 @@ impl Shared {
             Some(block) => block,
             None => self.read_block(id).await?,
         };
-        let value = LockValue { root: value.root, next_local: block.value.next_local };
+        let value = LockValue { next_local: block.value.next_local, ..value };
         let block = self.apply(id, block, Event::SetValue(value)).await?;
         self.live()?;
         self.with_local(id, |l| {

@@ -123,7 +123,7 @@ pub fn step(
 
 /// The block of a lock that had none: `me` holds it exclusively.
 pub fn first(volume: u64, id: crate::LockId, me: NodeId, root: u64, nonce: u64) -> LockBlock {
-    let mut b = LockBlock::unheld(volume, id, LockValue { root, next_local: 0 });
+    let mut b = LockBlock::unheld(volume, id, LockValue { root, next_local: 0, version: 0 });
     let e = Entry { incarnation: me.incarnation, held: Some(Mode::Exclusive), wanted: None, ticket: 0, open: false };
     b.entries.insert(me.slot, e);
     b.tenure = b.seq;

@@ -29,6 +29,8 @@ pub struct Domain {
     pub open_flagged: Mutex<bool>,
     /// Under this tenure there may be unnamed files that only dead nodes had open.
     pub leftovers: Mutex<Option<Tenure>>,
+    /// Version of its tree, if it changed since the lock block last said which it is.
+    pub changed_to: Mutex<Option<u64>>,
     pub mapped: MappedWrites,
     pub locks: DomainLocks,
 }
@@ -104,6 +106,7 @@ impl Domain {
             cached_tenure: Mutex::new(None),
             open_flagged: Mutex::new(false),
             leftovers: Mutex::new(None),
+            changed_to: Mutex::new(None),
             mapped: MappedWrites::default(),
             locks: DomainLocks::new(id),
         })

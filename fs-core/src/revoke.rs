@@ -117,6 +117,7 @@ impl Volume {
                     self.store.forget(hold.id);
                 }
                 *domain.open_flagged.lock() = false;
+                *domain.changed_to.lock() = None;
                 let may_clean = grant.mode == Mode::Exclusive && !self.read_only;
                 *domain.leftovers.lock() = (may_clean && grant.after_crash).then_some(grant.tenure);
                 Ok(())
@@ -168,7 +169,10 @@ impl Volume {
         self.journal.settle(hold.id).await.map_err(|e| self.journal_failed(e))?;
         self.reap();
         let open = to.is_none() && domain.has_opens();
-        self.node.release(hold.id, Release { to, value: None, open, cleaned: !domain.has_leftovers() }).await?;
+        // An older state of the header in its place is known as such by this.
+        let changed = domain.changed_to.lock().take().zip(hold.grant());
+        let value = changed.map(|(version, grant)| LockValue { version, ..grant.value });
+        self.node.release(hold.id, Release { to, value, open, cleaned: !domain.has_leftovers() }).await?;
         *domain.open_flagged.lock() = open;
         hold.lowered(to);
         Ok(())
@@ -187,7 +191,7 @@ impl Volume {
         self.journal.settle(hold.id).await.map_err(|e| self.journal_failed(e))?;
         self.reap();
         let free = self.alloc.remove(group).unwrap_or(0);
-        let value = Some(LockValue { root: free, next_local: 0 });
+        let value = Some(LockValue { root: free, next_local: 0, version: 0 });
         self.node.release(hold.id, Release { to: None, value, open: false, cleaned: true }).await?;
         hold.lowered(None);
         Ok(())

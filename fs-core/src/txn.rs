@@ -103,6 +103,13 @@ struct TxHeader {
     as_read: DomainHeader,
 }
 
+impl TxHeader {
+    /// Version of what the operation changes: one for all of it.
+    fn next_version(&self) -> u64 {
+        self.as_read.version.wrapping_add(1)
+    }
+}
+
 /// Pages that go out with the operation's record.
 struct SentPages {
     domain: Arc<Domain>,
@@ -211,6 +218,7 @@ impl<'v> Txn<'v> {
         let block = grant.value.root;
         let b = self.vol.store.read(owner, block, BlockKind::DomainHeader).await?;
         let header = DomainHeader::decode(&b).map_err(|e| FsError::format(owner, e))?;
+        header.check_age(grant.value.version).map_err(|why| FsError::Block { block, owner, why })?;
         self.headers.insert(id, TxHeader { block, header, as_read: header });
         Ok(())
     }
@@ -223,11 +231,14 @@ impl<'v> Txn<'v> {
 
     async fn root(&mut self, id: u32) -> Result<Root> {
         let h = self.header(id).await?;
-        Ok(Root { block: h.root, levels: h.levels, nodes: h.nodes })
+        Ok(h.tree())
     }
 
     fn set_root(&mut self, id: u32, root: Root) {
         if let Some(h) = self.headers.get_mut(&id) {
+            if root != h.header.tree() {
+                h.header.version = h.next_version();
+            }
             h.header.root = root.block;
             h.header.levels = root.levels;
             h.header.nodes = root.nodes;
@@ -372,7 +383,7 @@ impl<'v> Txn<'v> {
     /// A block that was just allocated, zeroed, with its header.
     pub fn fresh_block(&mut self, owner: LockId, tenure: Tenure, number: u64, kind: BlockKind) -> &mut Block {
         let mut new = Block::zeroed(BLOCK_SIZE);
-        BlockHeader { kind, owner, volume: self.vol.layout.volume, block: number, tenure: 0, record: 0 }
+        BlockHeader { kind, owner, volume: self.vol.layout.volume, block: number, version: 0, tenure: 0, record: 0 }
             .encode(&mut new);
         let block = TxBlock { owner, tenure, old: None, new: Arc::new(new) };
         Arc::make_mut(&mut self.blocks.entry(number).insert_entry(block).into_mut().new)
@@ -394,7 +405,8 @@ impl<'v> Txn<'v> {
         let guard = domain.ops.clone().try_write_owned().map_err(|_| FsError::DomainBusy)?;
         self.admitted.insert(id, Admitted { domain, mode: Mode::Exclusive, ticket, _guard: OpGuard::Write(guard) });
         self.fresh_block(LockId::Domain(id), grant.tenure, header_block, BlockKind::DomainHeader);
-        self.headers.insert(id, TxHeader { block: header_block, header, as_read: DomainHeader::default() });
+        let as_read = DomainHeader { version: header.version, ..DomainHeader::default() };
+        self.headers.insert(id, TxHeader { block: header_block, header, as_read });
         Ok(())
     }
 
@@ -451,6 +463,8 @@ impl<'v> Txn<'v> {
             }
             let block = self.edit(LockId::Domain(id), h.block, BlockKind::DomainHeader).await?;
             h.header.encode(block);
+            let (domain, version) = (self.domain(id, Mode::Exclusive)?.clone(), h.header.version);
+            self.on_install(move || *domain.changed_to.lock() = Some(version));
         }
         Ok(())
     }
@@ -560,6 +574,10 @@ impl NodeRead for TxTree<'_, '_> {
 }
 
 impl NodeWrite for TxTree<'_, '_> {
+    fn version(&self) -> u32 {
+        self.tx.headers.get(&self.id).map_or(0, TxHeader::next_version) as u32
+    }
+
     async fn node_mut(&mut self, block: u64) -> Result<&mut Block> {
         self.tx.edit(LockId::Domain(self.id), block, BlockKind::TreeNode).await
     }

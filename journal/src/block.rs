@@ -9,7 +9,7 @@
 //! | 8  | 8  | volume id: first 8 bytes of the volume's UUID |
 //! | 16 | 8  | block number, in blocks of 4096 bytes from the start of the device |
 //! | 24 | 4  | owner number (domain or group) |
-//! | 28 | 4  | zero |
+//! | 28 | 4  | version of a tree node or bitmap block, which what leads to it knows; zero in headers |
 //! | 32 | 8  | tenure of the owner's lock under which the block last changed |
 //! | 40 | 8  | journal record that last changed it; (tenure, record) only grows while the owner stays the same (I5) |
 //! | 48 | 16 | first 16 bytes of the blake3 hash of the whole block with this field zero |
@@ -25,6 +25,7 @@ pub const BLOCK_SIZE: usize = 4096;
 /// Where a block's own content starts.
 pub const HEADER_SIZE: usize = 64;
 const MAGIC: [u8; 4] = *b"CLFS";
+const VERSION: std::ops::Range<usize> = 28..32;
 const SUM: std::ops::Range<usize> = 48..64;
 
 /// A metadata block in memory: always BLOCK_SIZE bytes.
@@ -66,6 +67,8 @@ pub struct BlockHeader {
     pub owner: LockId,
     pub volume: u64,
     pub block: u64,
+    /// What leads to the block says the same of it, or one of the two is of an older state (see [`check_version`]).
+    pub version: u32,
     pub tenure: Tenure,
     pub record: u64,
 }
@@ -85,6 +88,8 @@ pub enum BlockError {
     Owner(LockId),
     #[error("is of the wrong kind ({0:?})")]
     Kind(BlockKind),
+    #[error("has version {found}, what leads to it says {expected}: a write of one of them was lost")]
+    Version { expected: u32, found: u32 },
 }
 
 fn u64_at(b: &[u8], at: usize) -> u64 {
@@ -97,6 +102,23 @@ fn u32_at(b: &[u8], at: usize) -> u32 {
     let mut v = [0; 4];
     v.copy_from_slice(&b[at..at + 4]);
     u32::from_le_bytes(v)
+}
+
+/// The version in a block's header.
+pub fn version(block: &[u8]) -> u32 {
+    u32_at(block, VERSION.start)
+}
+
+pub fn set_version(block: &mut [u8], version: u32) {
+    block[VERSION].copy_from_slice(&version.to_le_bytes());
+}
+
+/// Whether a block is of the state that what leads to it knows.
+pub fn check_version(block: &[u8], expected: u32) -> Result<(), BlockError> {
+    match version(block) {
+        found if found == expected => Ok(()),
+        found => Err(BlockError::Version { expected, found }),
+    }
 }
 
 /// The blake3 checksum a block should carry.
@@ -124,6 +146,7 @@ impl BlockHeader {
         block[8..16].copy_from_slice(&self.volume.to_le_bytes());
         block[16..24].copy_from_slice(&self.block.to_le_bytes());
         block[24..28].copy_from_slice(&owner.to_le_bytes());
+        block[VERSION].copy_from_slice(&self.version.to_le_bytes());
         block[32..40].copy_from_slice(&self.tenure.to_le_bytes());
         block[40..48].copy_from_slice(&self.record.to_le_bytes());
     }
@@ -144,6 +167,7 @@ impl BlockHeader {
             owner,
             volume: u64_at(block, 8),
             block: u64_at(block, 16),
+            version: version(block),
             tenure: u64_at(block, 32),
             record: u64_at(block, 40),
         })
@@ -188,6 +212,7 @@ mod tests {
             owner: LockId::Domain(7),
             volume: 0x1122_3344_5566_7788,
             block: 99,
+            version: 0x0304_0506,
             tenure: 0,
             record: 0,
         };
@@ -195,7 +220,10 @@ mod tests {
         b[100] = 42;
         seal(&mut b, 5, 6);
         let got = verify(&b, h.volume, 99, h.owner).expect("sealed block verifies");
-        assert_eq!((got.tenure, got.record), (5, 6));
+        assert_eq!((got.tenure, got.record, got.version), (5, 6, 0x0304_0506));
+        assert_eq!(b[28..32], [6, 5, 4, 3]);
+        assert_eq!(check_version(&b, h.version), Ok(()));
+        assert_eq!(check_version(&b, 7), Err(BlockError::Version { expected: 7, found: h.version }));
         assert_eq!(verify(&b, 1, 99, h.owner), Err(BlockError::Volume));
         assert_eq!(verify(&b, h.volume, 98, h.owner), Err(BlockError::Place(99)));
         assert_eq!(verify(&b, h.volume, 99, LockId::Group(7)), Err(BlockError::Owner(LockId::Domain(7))));

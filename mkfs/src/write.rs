@@ -236,7 +236,7 @@ async fn lock_blocks(out: &mut Output<'_>, l: &VolumeLayout, domains: &Domains) 
             },
             _ => return Vec::new(),
         };
-        cluster::initial_lock_block(&c, id, LockValue { root, next_local: 0 })
+        cluster::initial_lock_block(&c, id, LockValue { root, next_local: 0, version: 0 })
     })
     .await
 }
@@ -257,7 +257,8 @@ async fn group_table(out: &mut Output<'_>, l: &VolumeLayout, domains: &Domains) 
             free_domains += 1;
         }
         let free_blocks = domains.free_blocks(l, g);
-        GroupHeader { free_blocks, free_domains, written_bitmaps: u64::from(g == 0) }.encode(&mut block);
+        GroupHeader { free_blocks, free_domains, written_bitmaps: u64::from(g == 0), bitmap_versions: 0 }
+            .encode(&mut block);
         seal(&mut block, 0, 0);
         out.write(l.group_header(g) * BLOCK, block).await?;
         free += free_blocks;
@@ -276,7 +277,7 @@ async fn group_table(out: &mut Output<'_>, l: &VolumeLayout, domains: &Domains) 
 
 fn new_block(volume: u64, kind: BlockKind, owner: LockId, block: u64) -> Block {
     let mut b = Block::zeroed(BLOCK_SIZE);
-    BlockHeader { kind, owner, volume, block, tenure: 0, record: 0 }.encode(&mut b);
+    BlockHeader { kind, owner, volume, block, version: 0, tenure: 0, record: 0 }.encode(&mut b);
     b
 }
 
@@ -323,6 +324,7 @@ impl Domains {
                     nodes: root.nodes,
                     inodes: 1,
                     next_local: DIR_LOCAL + 1,
+                    version: root.version.into(),
                     ..DomainHeader::default()
                 }
             } else {
@@ -368,6 +370,10 @@ impl NodeRead for Nodes {
 }
 
 impl NodeWrite for Nodes {
+    fn version(&self) -> u32 {
+        1
+    }
+
     async fn node_mut(&mut self, block: u64) -> fs_core::Result<&mut Block> {
         let missing = self.damaged(block, "does not exist");
         self.blocks.get_mut(&block).ok_or(missing)

@@ -38,7 +38,8 @@ pub struct Entry {
 ///  48  8  nonce of the latest change (I9)
 ///  56  8  value: root
 ///  64  8  value: next local number
-///  72     zero
+///  72  8  value: version
+///  80     zero
 ///  96  6  each of 64 slots: 4 incarnation, 1 bits (0-1 held, 2-3 wanted: 0 none, 1 shared, 2 exclusive; 4 open),
 ///         1 ticket
 /// 480     zero
@@ -88,6 +89,7 @@ impl LockBlock {
         put(&mut r, 48, &self.nonce.to_le_bytes());
         put(&mut r, 56, &self.value.root.to_le_bytes());
         put(&mut r, 64, &self.value.next_local.to_le_bytes());
+        put(&mut r, 72, &self.value.version.to_le_bytes());
         for (slot, e) in self.entries.range(..MAX_NODES as Slot) {
             let at = ENTRIES + ENTRY * usize::from(*slot);
             put(&mut r, at, &e.incarnation.to_le_bytes());
@@ -125,7 +127,7 @@ impl LockBlock {
             tenure: u64_at(&r, 32),
             previous_tenure: u64_at(&r, 40),
             nonce: u64_at(&r, 48),
-            value: LockValue { root: u64_at(&r, 56), next_local: u64_at(&r, 64) },
+            value: LockValue { root: u64_at(&r, 56), next_local: u64_at(&r, 64), version: u64_at(&r, 72) },
             crashes: r[6],
             entries,
         };
@@ -213,7 +215,7 @@ mod tests {
             tenure: 18,
             previous_tenure: 12,
             nonce: 0x99,
-            value: LockValue { root: 0x41, next_local: 0x42 },
+            value: LockValue { root: 0x41, next_local: 0x42, version: 0x43 },
             crashes: 2,
             entries: BTreeMap::from([
                 (1, shared),
@@ -226,8 +228,8 @@ mod tests {
     fn golden_bytes() {
         let b = sample().encode(512);
         assert_eq!(&b[..24], b"CLKB\x01\x01\x02\x00\x07\0\0\0\0\0\0\0\x03\x02\0\0\0\0\0\0");
-        let words: Vec<u64> = b[24..72].chunks(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect();
-        assert_eq!(words, [20, 18, 12, 0x99, 0x41, 0x42]);
+        let words: Vec<u64> = b[24..80].chunks(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect();
+        assert_eq!(words, [20, 18, 12, 0x99, 0x41, 0x42, 0x43]);
         assert_eq!(&b[96..108], &[0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0b1001, 1]);
         assert_eq!(&b[474..480], &[9, 0, 0, 0, 0b10000, 0]);
         assert_eq!(b[496..512], blake3::hash(&b[..496]).as_bytes()[..16]);

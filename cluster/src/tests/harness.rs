@@ -270,7 +270,7 @@ impl World {
         }
         let domains = (0..DOMAINS / 2).map(LockId::Domain);
         for id in (0..GROUPS).map(LockId::Group).chain(domains) {
-            let block = initial_lock_block(&layout, id, LockValue { root: 1000, next_local: 7 });
+            let block = initial_lock_block(&layout, id, LockValue { root: 1000, next_local: 7, version: 0 });
             put(&*raw, layout.lock_block(id).unwrap(), block).await;
         }
         Self {

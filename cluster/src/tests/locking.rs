@@ -15,17 +15,20 @@ async fn uncontended_acquire_costs_one_read_and_one_compare_and_write() {
     let grant = a.take(D, Mode::Exclusive).await;
     let after = a.io();
     assert_eq!((after.reads - before.reads, after.compare_and_writes - before.compare_and_writes), (1, 1));
-    assert_eq!(grant.value, LockValue { root: 1000, next_local: 7 });
+    assert_eq!(grant.value, LockValue { root: 1000, next_local: 7, version: 0 });
     assert!(!grant.after_crash && !grant.open_elsewhere && grant.tenure > grant.previous_tenure);
     // From here on it is free.
     tokio::time::sleep(Duration::from_secs(20)).await;
     assert_eq!(a.take(D, Mode::Shared).await, grant);
     assert_eq!(a.io(), after);
-    a.give_with(D, Release { to: None, value: Some(LockValue { root: 5, next_local: 6 }), open: false, cleaned: true })
-        .await;
+    a.give_with(
+        D,
+        Release { to: None, value: Some(LockValue { root: 5, next_local: 6, version: 3 }), open: false, cleaned: true },
+    )
+    .await;
     assert_eq!(a.io().compare_and_writes, after.compare_and_writes + 1);
     assert_eq!(a.io().reads, after.reads);
-    assert_eq!(w.lock(D).value, LockValue { root: 5, next_local: 6 });
+    assert_eq!(w.lock(D).value, LockValue { root: 5, next_local: 6, version: 3 });
 }
 
 #[tokio::test(start_paused = true)]

@@ -99,20 +99,20 @@ async fn a_lock_is_created_over_garbage_and_over_its_former_self() {
     let (a, b) = (w.peer().await, w.peer().await);
     assert!(matches!(a.node.acquire(FRESH, Mode::Shared).await, Err(ClusterError::Damaged { .. })));
     w.disk.write_raw(w.layout.lock_block(FRESH).unwrap(), &[0xa5; 512]);
-    let value = LockValue { root: 4711, next_local: 99 };
+    let value = LockValue { root: 4711, next_local: 99, version: 0 };
     let grant = a.node.create(FRESH, value).await.unwrap();
-    assert_eq!((grant.mode, grant.value), (Mode::Exclusive, LockValue { root: 4711, next_local: 0 }));
+    assert_eq!((grant.mode, grant.value), (Mode::Exclusive, LockValue { root: 4711, next_local: 0, version: 0 }));
     assert_eq!(w.lock(FRESH).held_by(a.id()), Some(Mode::Exclusive));
     // The domain is freed; the lock stays cached at a until b makes a new domain of it.
     let freed = Release {
         to: Some(Mode::Shared),
-        value: Some(LockValue { root: 0, next_local: 12 }),
+        value: Some(LockValue { root: 0, next_local: 12, version: 0 }),
         open: false,
         cleaned: true,
     };
     a.node.release(FRESH, freed).await.unwrap();
     let again = b.node.create(FRESH, value).await.unwrap();
-    assert_eq!(again.value, LockValue { root: 4711, next_local: 12 });
+    assert_eq!(again.value, LockValue { root: 4711, next_local: 12, version: 0 });
     assert!(again.previous_tenure == grant.tenure && again.tenure > grant.tenure, "I8");
     assert_eq!(w.lock(FRESH).value, again.value);
     assert_eq!(a.node.held(FRESH), None);

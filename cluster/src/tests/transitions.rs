@@ -156,11 +156,11 @@ fn a_value_is_set_by_exclusive_holders_only() {
     let table = SlotTable::default();
     let mut b = first(7, ID, node(0), 40, 1);
     assert_eq!(b.check(), Ok(()));
-    assert_eq!(b.value, LockValue { root: 40, next_local: 0 });
-    let value = LockValue { root: 1, next_local: 2 };
+    assert_eq!(b.value, LockValue { root: 40, next_local: 0, version: 0 });
+    let value = LockValue { root: 1, next_local: 2, version: 0 };
     apply(&mut b, 0, Event::Release { to: Some(Mode::Shared), value: Some(value), open: false, cleaned: 255 }, &table);
     assert_eq!(b.value, value);
-    let other = LockValue { root: 9, next_local: 9 };
+    let other = LockValue { root: 9, next_local: 9, version: 0 };
     apply(&mut b, 0, Event::SetValue(other), &table);
     apply(&mut b, 0, Event::Release { to: None, value: Some(other), open: false, cleaned: 255 }, &table);
     assert_eq!(b.value, value);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cluster::{LockId, Tenure};
-use journal::block::{BlockHeader, BlockKind};
+use journal::block::{BlockHeader, BlockKind, set_version, version};
 use journal::{BLOCK_SIZE, Block, Change};
 
 use super::bits::Bits;
@@ -80,6 +80,9 @@ impl Group {
             }
             bitmaps.insert(index, Image { number: at, block: map, on_disk: true, before: None });
         }
+        header
+            .check_versions(bitmaps.values().map(|b| version(&b.block)))
+            .map_err(|why| FsError::damaged(owner, why))?;
         let free = busy.count_clear();
         if free != header.free_blocks {
             let why = format!("its header counts {} free blocks, its bitmaps {free}", header.free_blocks);
@@ -112,8 +115,12 @@ impl Group {
         let (extent, range) = (layout.group_extent(number), layout.group_domains(number));
         let mut domains = Bits::new(u64::from(range.end - range.start));
         used.iter().for_each(|d| domains.set(u64::from(d - range.start), true));
-        let header =
-            GroupHeader { free_blocks: extent.len, free_domains: domains.count_clear() as u32, written_bitmaps: 0 };
+        let header = GroupHeader {
+            free_blocks: extent.len,
+            free_domains: domains.count_clear() as u32,
+            written_bitmaps: 0,
+            bitmap_versions: 0,
+        };
         let block = Arc::new(Block::zeroed(BLOCK_SIZE));
         Self {
             number,
@@ -196,6 +203,7 @@ impl Group {
                 on_disk: false,
                 before: None,
             });
+            let first = image.before.is_none();
             let map = image.edit();
             if map[0] == 0 {
                 BlockHeader {
@@ -203,10 +211,16 @@ impl Group {
                     owner: LockId::Group(self.number),
                     volume: self.volume,
                     block: self.first_bitmap + u64::from(index),
+                    version: 0,
                     tenure: 0,
                     record: 0,
                 }
                 .encode(map);
+            }
+            if first {
+                let next = version(map).wrapping_add(1);
+                set_version(map, next);
+                self.header.bitmap_versions = self.header.bitmap_versions.wrapping_add(1);
             }
             let at = (i % BITS_PER_BITMAP) as usize;
             debug_assert_ne!(bit(&map[64..], at), used, "bit {i} of group {} changes twice", self.number);

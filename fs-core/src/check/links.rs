@@ -212,8 +212,7 @@ async fn root(r: &Reader, headers: &[(u32, u64)], domain: u32) -> Option<Root> {
     let (_, block) = *headers.get(at)?;
     let b = r.one(block).await.ok()?;
     r.verify(block, &b, LockId::Domain(domain), BlockKind::DomainHeader).ok()?;
-    let h = DomainHeader::decode(&b).ok()?;
-    Some(Root { block: h.root, levels: h.levels, nodes: h.nodes })
+    Some(DomainHeader::decode(&b).ok()?.tree())
 }
 
 pub(crate) async fn lookup(r: &Reader, headers: &[(u32, u64)], number: u64) -> Option<Inode> {

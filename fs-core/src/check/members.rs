@@ -25,7 +25,7 @@ pub(super) async fn superblock(dev: &Arc<dyn BlockDevice>, report: &mut Report) 
     let sb = match Superblock::decode(&first) {
         Ok(sb) => sb,
         // Not ours to guess about.
-        Err(e @ SuperblockError::Newer { .. }) => return Err(e.into()),
+        Err(e @ (SuperblockError::Newer { .. } | SuperblockError::Older { .. })) => return Err(e.into()),
         Err(e) => {
             // The copy is in the volume's last block, which is the device's unless that is larger.
             let copy = dev.read(IoClass::Meta, (size / BLOCK - 1) * BLOCK, BLOCK as usize).await?;
@@ -146,7 +146,7 @@ pub(super) async fn locks(
     used: &BTreeSet<u32>,
     report: &mut Report,
     tell: Notify<'_>,
-) -> Vec<(u32, u64)> {
+) -> (Vec<(u32, u64)>, BTreeMap<u32, u64>) {
     let areas = layout.cluster();
     let stride = areas.stride as usize;
     let per_block = BLOCK as usize / stride;
@@ -159,7 +159,7 @@ pub(super) async fn locks(
     };
     let index = |d: &u32| u64::from(groups) + u64::from(*d);
     let wanted: Vec<u64> = (0..u64::from(groups)).chain(used.iter().map(index)).collect();
-    let mut headers = Vec::new();
+    let (mut headers, mut least_versions) = (Vec::new(), BTreeMap::new());
     let mut done = 0;
     for chunk in wanted.chunks(LOCK_BLOCKS * per_block) {
         tell(Progress { phase: "locks", done, total: wanted.len() as u64 });
@@ -196,12 +196,17 @@ pub(super) async fn locks(
                 match block.value.root {
                     0 if may_be_empty(layout, d) => {}
                     0 => report.violation(place, "the domain is in use, but has no header block"),
-                    root => headers.push((d, root)),
+                    root => {
+                        headers.push((d, root));
+                        if block.value.version > 0 {
+                            least_versions.insert(d, block.value.version);
+                        }
+                    }
                 }
             }
         }
     }
-    headers
+    (headers, least_versions)
 }
 
 /// Nobody can hold a lock in a life that its slot has not had.

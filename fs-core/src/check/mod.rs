@@ -108,8 +108,13 @@ pub async fn check_with(
         report.truncated = true;
         return Ok(report);
     }
-    let mut reader =
-        Reader { dev: dev.clone(), volume: layout.volume, blocks: layout.blocks, replayed: Default::default() };
+    let mut reader = Reader {
+        dev: dev.clone(),
+        volume: layout.volume,
+        blocks: layout.blocks,
+        replayed: Default::default(),
+        least_versions: Default::default(),
+    };
     let slots = members::slots(&reader, &sb, &mut report).await?;
 
     report.dead = slots.dead.clone();
@@ -124,7 +129,8 @@ pub async fn check_with(
         report.note(format!("domains of group {g} are not checked"));
         links.broken.extend(layout.group_domains(g));
     }
-    let headers = members::locks(&reader, &layout, &slots, &space.domains, &mut report, tell).await;
+    let (headers, least) = members::locks(&reader, &layout, &slots, &space.domains, &mut report, tell).await;
+    reader.least_versions = least;
     for d in &space.domains {
         if headers.binary_search_by_key(d, |h| h.0).is_err() && !members::may_be_empty(&layout, *d) {
             links.broken.insert(*d);

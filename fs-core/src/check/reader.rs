@@ -27,6 +27,8 @@ pub(crate) struct Reader {
     pub blocks: u64,
     /// Blocks that the replay of the journals would place.
     pub replayed: BTreeMap<u64, Arc<Block>>,
+    /// Versions that the headers of domains have at least, as their lock blocks say.
+    pub least_versions: BTreeMap<u32, u64>,
 }
 
 impl Reader {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use cluster::LockId;
-use journal::block::BlockKind;
+use journal::block::{BlockKind, version};
 
 use super::Notify;
 use super::blocks::Blocks;
@@ -190,6 +190,7 @@ impl Space {
             let numbers: Vec<u64> = indexes.map(|i| self.layout.group_bitmap(g, i)).collect();
             let blocks = r.many(&numbers).await;
             let mut used = 0;
+            let mut versions = Vec::new();
             let mut readable = true;
             // Both are runs: of blocks wrongly free, and of blocks wrongly in use.
             let (mut lost, mut leaked) = (Runs::default(), Runs::default());
@@ -202,7 +203,10 @@ impl Space {
                 let map = match blocks.get(&at) {
                     None => None,
                     Some(Ok(b)) => match r.verify(at, b, LockId::Group(g), BlockKind::GroupBitmap) {
-                        Ok(()) => b.get(64..),
+                        Ok(()) => {
+                            versions.push(version(b));
+                            b.get(64..)
+                        }
                         Err(e) => {
                             report.violation(format!("group {g}, bitmap in block {at}"), e);
                             readable = false;
@@ -238,6 +242,9 @@ impl Space {
                 } else {
                     unowned += len;
                 }
+            }
+            if let (true, Err(e)) = (readable, h.check_versions(versions.into_iter())) {
+                report.violation(format!("group {g}"), e);
             }
             let free = extent.len - used;
             report.blocks_used += used;

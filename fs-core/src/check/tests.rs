@@ -214,6 +214,11 @@ fn damaged_space_is_named() {
         &["marked as in use, but nothing refers to it"],
     );
     damage("group count", |i| i.free_blocks_off = 5, &["free blocks, its bitmaps"]);
+    damage(
+        "bitmap versions",
+        |i| i.bitmap_versions = 3,
+        &["the versions of its bitmaps add up to 0, its header says 3"],
+    );
     damage("domain count", |i| i.free_domains_off = 5, &["free domain numbers, its bitmap"]);
     damage("inodes", |i| i.header(1).inodes = 99, &["counts 99 inodes"]);
     damage("orphans", |i| i.header(BOX).orphans = 99, &["counts 99 orphans"]);

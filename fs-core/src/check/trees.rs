@@ -1,7 +1,7 @@
 //! Reads the trees of many domains at once, level by level, so that a volume of many small domains needs few large reads.
 
 use cluster::LockId;
-use journal::block::BlockKind;
+use journal::block::{BlockKind, check_version};
 
 use super::domain::{DomainCheck, Shared};
 use super::reader::Reader;
@@ -19,6 +19,7 @@ const NODES: usize = 4096;
 struct Todo {
     domain: usize,
     block: u64,
+    version: u32,
     level: u32,
     lower: RawKey,
     upper: Option<RawKey>,
@@ -45,7 +46,10 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
         s.space.claim(*block, 1, s.report, &|| place.clone());
         let header = match headers.get(block) {
             Some(Ok(b)) => match r.verify(*block, b, LockId::Domain(*domain), BlockKind::DomainHeader) {
-                Ok(()) => DomainHeader::decode(b).map_err(|e| e.to_string()),
+                Ok(()) => DomainHeader::decode(b).map_err(|e| e.to_string()).and_then(|h| {
+                    let least = r.least_versions.get(domain).copied().unwrap_or(0);
+                    h.check_age(least).map_err(|e| e.to_string()).map(|()| h)
+                }),
                 Err(e) => Err(e.to_string()),
             },
             Some(Err(e)) => Err(e.clone()),
@@ -70,6 +74,7 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
             (root, levels) if root != 0 && (1..=MAX_LEVELS).contains(&levels) => todo.push(Todo {
                 domain: runs.len(),
                 block: root,
+                version: header.root_version(),
                 level: levels,
                 lower: Key::MIN.encode(),
                 upper: None,
@@ -93,8 +98,8 @@ pub(super) async fn check(r: &Reader, domains: &[(u32, u64)], nodes: u16, s: &mu
             visit(r, batch, &mut runs, s, &mut |t, n, _, _| {
                 for i in 0..n.count() {
                     let upper = if i + 1 < n.count() { Some(n.key(i + 1)?) } else { t.upper };
-                    let (block, lower) = (n.child(i)?, n.key(i)?);
-                    below.push(Todo { domain: t.domain, block, level: t.level - 1, lower, upper });
+                    let (block, version, lower) = (n.child(i)?, n.child_version(i)?, n.key(i)?);
+                    below.push(Todo { domain: t.domain, block, version, level: t.level - 1, lower, upper });
                 }
                 Ok(())
             })
@@ -153,7 +158,8 @@ async fn visit(r: &Reader, batch: &[Todo], runs: &mut [Run], s: &mut Shared<'_>,
                 continue;
             }
         };
-        if let Err(e) = r.verify(t.block, node, LockId::Domain(run.domain), BlockKind::TreeNode) {
+        let sound = r.verify(t.block, node, LockId::Domain(run.domain), BlockKind::TreeNode);
+        if let Err(e) = sound.and_then(|()| check_version(node, t.version)) {
             s.report.violation(place(), e);
             run.whole = false;
             s.mark(before, run.domain);

@@ -14,8 +14,13 @@
 //! | 44 | 4 | levels of the tree (0: empty) |
 //! | 48 | 8 | orphans: inodes without a name, still open somewhere |
 //! | 56 | 8 | file locks that are written down |
+//! | 64 | 8 | version: number of the latest change of the tree; its lower 32 bits are the version of the root node |
+
+use cluster::Tenure;
+use journal::block::BlockError;
 
 use super::bytes::{FormatError, Reader, Writer};
+use crate::tree::Root;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainHeader {
@@ -28,9 +33,34 @@ pub struct DomainHeader {
     pub levels: u32,
     pub orphans: u64,
     pub file_locks: u64,
+    pub version: u64,
 }
 
 impl DomainHeader {
+    /// Where the versions of a new domain begin. A domain number is used again, and blocks that were its nodes in an earlier life may
+    /// be so once more: numbers of different lives, which have different tenures, are far apart.
+    pub fn first_version(tenure: Tenure) -> u64 {
+        (tenure as u32).wrapping_mul(0x9e37_79b9).into()
+    }
+
+    /// Whether the header is at least of the version that its lock block says.
+    pub fn check_age(&self, least: u64) -> Result<(), BlockError> {
+        if self.version >= least {
+            return Ok(());
+        }
+        Err(BlockError::Version { expected: least as u32, found: self.version as u32 })
+    }
+
+    /// Version of the root node.
+    pub fn root_version(&self) -> u32 {
+        self.version as u32
+    }
+
+    /// The tree as the header says it is.
+    pub fn tree(&self) -> Root {
+        Root { block: self.root, version: self.root_version(), levels: self.levels, nodes: self.nodes }
+    }
+
     pub fn encode(&self, block: &mut [u8]) {
         Writer::new(&mut block[64..])
             .u64(self.root)
@@ -41,7 +71,8 @@ impl DomainHeader {
             .u32(self.reserve_len)
             .u32(self.levels)
             .u64(self.orphans)
-            .u64(self.file_locks);
+            .u64(self.file_locks)
+            .u64(self.version);
     }
 
     pub fn decode(block: &[u8]) -> Result<Self, FormatError> {
@@ -56,6 +87,7 @@ impl DomainHeader {
             levels: r.u32()?,
             orphans: r.u64()?,
             file_locks: r.u64()?,
+            version: r.u64()?,
         })
     }
 }

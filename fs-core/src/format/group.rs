@@ -6,7 +6,7 @@
 //! |-------:|------:|-------|
 //! | 0  | 8  | free blocks |
 //! | 8  | 4  | free domain numbers |
-//! | 12 | 4  | zero |
+//! | 12 | 4  | versions of the written bitmap blocks, added up modulo 2^32: a change of a bitmap block adds 1 to its version |
 //! | 16 | 8  | bit i: bitmap block i has been written; an unwritten one means all free |
 //! | 24 | 8  | zero |
 //! | 32 | 4000 | domain bitmap: bit i = domain number (first of the group + i) is in use |
@@ -27,19 +27,35 @@ pub struct GroupHeader {
     pub free_blocks: u64,
     pub free_domains: u32,
     pub written_bitmaps: u64,
+    pub bitmap_versions: u32,
 }
 
 impl GroupHeader {
     pub fn encode(&self, block: &mut [u8]) {
-        Writer::new(&mut block[64..]).u64(self.free_blocks).u32(self.free_domains).u32(0).u64(self.written_bitmaps);
+        Writer::new(&mut block[64..])
+            .u64(self.free_blocks)
+            .u32(self.free_domains)
+            .u32(self.bitmap_versions)
+            .u64(self.written_bitmaps);
     }
 
     pub fn decode(block: &[u8]) -> Result<Self, FormatError> {
         let mut r = Reader::new("group header", block.get(64..).unwrap_or(&[]));
         let free_blocks = r.u64()?;
         let free_domains = r.u32()?;
-        r.u32()?;
-        Ok(Self { free_blocks, free_domains, written_bitmaps: r.u64()? })
+        let bitmap_versions = r.u32()?;
+        Ok(Self { free_blocks, free_domains, written_bitmaps: r.u64()?, bitmap_versions })
+    }
+
+    /// Whether the written bitmap blocks are of the state that the header knows; `found` are their versions.
+    pub fn check_versions(&self, found: impl Iterator<Item = u32>) -> Result<(), String> {
+        match found.fold(0, u32::wrapping_add) {
+            sum if sum == self.bitmap_versions => Ok(()),
+            sum => Err(format!(
+                "the versions of its bitmaps add up to {sum}, its header says {}: a write of one of them was lost",
+                self.bitmap_versions
+            )),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! | offset | bytes | field |
 //! |-------:|------:|-------|
 //! | 0   | 8  | magic `CLUSTRFS` |
-//! | 8   | 4  | format version, 1 |
+//! | 8   | 4  | format version, 2 |
 //! | 12  | 4  | zero |
 //! | 16  | 8  | compatible features: an older program may ignore unknown bits |
 //! | 24  | 8  | incompatible features: an older program must refuse unknown bits |
@@ -29,7 +29,8 @@ use super::bytes::{FormatError, Reader, Writer};
 use super::layout::VolumeLayout;
 
 pub const MAGIC: [u8; 8] = *b"CLUSTRFS";
-pub const VERSION: u32 = 1;
+/// 1 had no versions in pointers to tree nodes and in group headers.
+pub const VERSION: u32 = 2;
 /// Incompatible feature: slot and lock blocks are changed without compare-and-write, by way of bids and cells.
 pub const PLAIN_LOCKS: u64 = 1;
 /// Incompatible features this program knows.
@@ -69,6 +70,10 @@ pub enum SuperblockError {
         "made by a newer clusterfs (format version {version}, features {features:#x}): upgrade this host's clusterfs"
     )]
     Newer { version: u32, features: u64 },
+    #[error(
+        "made by an older clusterfs (format version {version}), which this one cannot read: copy its files to a new volume, with that clusterfs"
+    )]
+    Older { version: u32 },
     #[error("superblock damaged ({0}): run fsck.clusterfs")]
     Damaged(String),
 }
@@ -135,6 +140,9 @@ impl Superblock {
         let mut r = Reader::new(WHAT, &block[8..]);
         let version = r.u32().map_err(damaged)?;
         let sb = Self::fields(&mut r).map_err(damaged)?;
+        if version < VERSION {
+            return Err(SuperblockError::Older { version });
+        }
         if version != VERSION || sb.incompat & !INCOMPAT_KNOWN != 0 {
             return Err(SuperblockError::Newer { version, features: sb.incompat & !INCOMPAT_KNOWN });
         }
@@ -204,10 +212,8 @@ impl Superblock {
 mod tests {
     use super::*;
 
-    #[test]
-    fn timeouts_beyond_all_bounds_are_refused() {
-        let mut block = [0; 4096];
-        let sb = Superblock {
+    fn superblock() -> Superblock {
+        Superblock {
             compat: 0,
             incompat: 0,
             ro_compat: 0,
@@ -221,11 +227,32 @@ mod tests {
             groups: 1,
             domains: 100,
             group_blocks: 1000,
-            timeouts: Timeouts { heartbeat_ms: 1 << 31, lease_ms: 5, queue_ms: 1000, min_hold_ms: 1, doorbell_ms: 10 },
+            timeouts: Timeouts { heartbeat_ms: 1000, lease_ms: 6000, queue_ms: 1000, min_hold_ms: 1, doorbell_ms: 10 },
             hint_key: [0; 32],
             created: 0,
-        };
+        }
+    }
+
+    #[test]
+    fn timeouts_beyond_all_bounds_are_refused() {
+        let mut block = [0; 4096];
+        let mut sb = superblock();
+        (sb.timeouts.heartbeat_ms, sb.timeouts.lease_ms) = (1 << 31, 5);
         sb.encode(&mut block);
         assert!(matches!(Superblock::decode(&block), Err(SuperblockError::Damaged(_))));
+    }
+
+    #[test]
+    fn other_versions_are_refused_as_such() {
+        let with = |version: u32| {
+            let mut block = [0; 4096];
+            superblock().encode(&mut block);
+            block[8..12].copy_from_slice(&version.to_le_bytes());
+            let sum = blake3::hash(&block[..SUMMED]);
+            block[SUMMED..SUMMED + 32].copy_from_slice(sum.as_bytes());
+            Superblock::decode(&block)
+        };
+        assert_eq!(with(1), Err(SuperblockError::Older { version: 1 }));
+        assert_eq!(with(3), Err(SuperblockError::Newer { version: 3, features: 0 }));
     }
 }

@@ -149,12 +149,13 @@ impl Volume {
     async fn spare_domain(&self, number: u32, header_block: u64) -> Result<SpareDomain> {
         let domain = self.domain(number);
         let _turn = domain.hold.turn.lock().await;
-        let value = LockValue { root: header_block, next_local: 0 };
+        let value = LockValue { root: header_block, next_local: 0, version: 0 };
         let grant = self.node.create(LockId::Domain(number), value).await?;
         self.store.forget(domain.lock_id());
         *domain.cached_tenure.lock() = Some(grant.tenure);
         *domain.open_flagged.lock() = false;
         *domain.leftovers.lock() = None;
+        *domain.changed_to.lock() = None;
         let demanded = domain.hold.granted(grant);
         let entry = domain.hold.try_enter(Mode::Exclusive);
         if let (true, Some(volume)) = (demanded, self.me.upgrade()) {
@@ -291,7 +292,8 @@ async fn make_directory(
 ) -> Result<Attr> {
     let grant = spare.domain.hold.grant().ok_or(FsError::DomainBusy)?;
     let next_local = grant.value.next_local.max(DIR_LOCAL + 1);
-    let header = DomainHeader { next_local, inodes: 1, ..DomainHeader::default() };
+    let version = DomainHeader::first_version(grant.tenure);
+    let header = DomainHeader { next_local, inodes: 1, version, ..DomainHeader::default() };
     tx.add_domain(spare.domain, spare.ticket, header_block, header)?;
     let number = ino(spare.number, DIR_LOCAL);
     let mut inode = new_inode(tx, who, dir, new);

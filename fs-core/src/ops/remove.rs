@@ -77,7 +77,7 @@ impl Volume {
             self.journal_failed(e);
             return;
         }
-        let value = next_local.map(|next_local| LockValue { root: 0, next_local });
+        let value = next_local.map(|next_local| LockValue { root: 0, next_local, version: 0 });
         let given = self.node.release(domain.lock_id(), Release { to: None, value, open: false, cleaned: true }).await;
         if let Err(e) = given {
             tracing::error!(node = %self.node(), lock = %domain.lock_id(), "cannot give up the lock of a freed domain: {e}");

@@ -9,13 +9,14 @@ use std::sync::Arc;
 
 use blockdev::{AlignedBuf, BlockDevice, Caw, IoClass};
 use cluster::{LockBlock, LockId, LockValue};
-use journal::block::{BlockHeader, BlockKind, seal};
+use journal::block::{BlockHeader, BlockKind, seal, set_version};
 use journal::{BLOCK_SIZE, Block};
 
 use super::load::{Domain, Group, Loaded, bad_holder};
 use super::{Log, RepairError};
 use crate::check::blocks::Blocks;
 use crate::check::inode_text;
+use crate::format::domain::DomainHeader;
 use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit, set_bit};
 use crate::format::item::{ExtentItem, Key, Kind, ino};
 use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
@@ -24,6 +25,8 @@ use crate::tree::node::{CAPACITY, RawKey, cost, inner_body, leaf_body, rebuild};
 /// Tenures and sequence numbers of a lock block that could not be read go on this far beyond what its blocks say (I8).
 const BEYOND: u64 = 1 << 32;
 
+/// Versions of a new tree go on this far beyond what the header says, which may be older than its nodes.
+const VERSIONS_BEYOND: u64 = 1 << 20;
 /// Blocks copied at once.
 const COPY: u64 = 256;
 
@@ -157,7 +160,7 @@ fn tenure(lock: Option<&LockBlock>, seen: u64) -> u64 {
 
 fn block(layout: &VolumeLayout, kind: BlockKind, owner: LockId, number: u64) -> Block {
     let mut b = Block::zeroed(BLOCK_SIZE);
-    BlockHeader { kind, owner, volume: layout.volume, block: number, tenure: 0, record: 0 }.encode(&mut b);
+    BlockHeader { kind, owner, volume: layout.volume, block: number, version: 0, tenure: 0, record: 0 }.encode(&mut b);
     b
 }
 
@@ -175,6 +178,13 @@ fn domain(v: &Loaded, p: &mut Plan, id: u32, d: &mut Domain, log: &mut Log) -> R
     }
     log.mend(format!("domain {id}"), "its tree written anew".into());
     let tenure = tenure(d.lock.as_ref(), d.tenure);
+    d.header.version = match d.header_image {
+        Some(_) => d.header.version,
+        None => DomainHeader::first_version(tenure),
+    };
+    // Not below what the lock block says, also while that is not written yet.
+    let known = d.lock.as_ref().map_or(0, |l| l.value.version);
+    d.header.version = d.header.version.max(known).wrapping_add(VERSIONS_BEYOND);
     let mut level = 1;
     let mut bodies: Vec<(RawKey, Vec<u8>)> =
         d.items.iter().map(|(k, x)| (k.encode(), leaf_body(&k.encode(), x))).collect();
@@ -186,12 +196,13 @@ fn domain(v: &Loaded, p: &mut Plan, id: u32, d: &mut Domain, log: &mut Log) -> R
             let mut b = block(&v.layout, BlockKind::TreeNode, LockId::Domain(id), number);
             let all: Vec<&[u8]> = chunk.iter().map(|x| x.1.as_slice()).collect();
             rebuild(&mut b, level, &all).map_err(RepairError::Build)?;
+            set_version(&mut b, d.header.root_version());
             seal(&mut b, tenure, 0);
             p.nodes.push((number, b));
             d.header.nodes += 1;
             let first = chunk.first().map_or(Key::MIN.encode(), |c| c.0);
             let lower = if above.is_empty() { Key::MIN.encode() } else { first };
-            above.push((lower, inner_body(&lower, number)));
+            above.push((lower, inner_body(&lower, number, d.header.root_version())));
             d.header.root = number;
         }
         d.header.levels = level;
@@ -258,7 +269,8 @@ pub(super) async fn write(
         dev.flush(IoClass::Meta).await?;
     }
     for (id, d) in &v.domains {
-        let value = LockValue { root: d.header_block, next_local: d.lock.as_ref().map_or(0, |l| l.value.next_local) };
+        let next_local = d.lock.as_ref().map_or(0, |l| l.value.next_local);
+        let value = LockValue { root: d.header_block, next_local, version: d.header.version };
         lock(
             dev,
             &v.layout,
@@ -369,11 +381,13 @@ async fn bitmaps(
         };
         let record = seen.map_or(0, |s| s.1) + if again { 2 } else { 1 };
         let tenure = tenure(old.lock.as_ref(), seen.map_or(0, |s| s.0));
-        let (maps, head) = group(v, p, g, old, union);
+        let (maps, mut head) = group(v, p, g, old, union);
         let blocks = v.layout.group_extent(g).len;
         let domains = v.layout.group_domains(g).len().min(MAX_DOMAINS_PER_GROUP as usize);
         let found = old.header.as_ref().is_some_and(|h| {
-            GroupHeader::decode(h).ok() == GroupHeader::decode(&head).ok()
+            let apart_from_versions =
+                |b: &[u8]| Some(GroupHeader { bitmap_versions: 0, ..GroupHeader::decode(b).ok()? });
+            apart_from_versions(h) == apart_from_versions(&head)
                 && same_bits(&h[DOMAIN_BITMAP], &head[DOMAIN_BITMAP], domains)
         }) && maps.iter().all(|(i, _, b)| {
             let bits = (blocks - *i as u64 * BITS_PER_BITMAP).min(BITS_PER_BITMAP) as usize;
@@ -386,7 +400,15 @@ async fn bitmaps(
             continue;
         }
         wrote.insert(g);
-        let maps = maps.into_iter().map(|(_, n, b)| (n, b));
+        let version = old.version.wrapping_add(if again { 2 } else { 1 });
+        if let Ok(h) = GroupHeader::decode(&head) {
+            let bitmap_versions = version.wrapping_mul(maps.len() as u32);
+            GroupHeader { bitmap_versions, ..h }.encode(&mut head);
+        }
+        let maps = maps.into_iter().map(|(_, n, mut b)| {
+            set_version(&mut b, version);
+            (n, b)
+        });
         for (n, mut b) in maps.chain([(v.layout.group_header(g), head)]) {
             seal(&mut b, tenure, record);
             dev.write(IoClass::Meta, n * BLOCK, Arc::new(b), false).await?;
@@ -435,6 +457,7 @@ fn group(v: &Loaded, p: &Plan, g: u32, old: &Group, union: bool) -> (Vec<(usize,
         set_bit(&mut head[DOMAIN_BITMAP], i, on);
         free_domains += u32::from(!on);
     }
-    GroupHeader { free_blocks: extent.len - used, free_domains, written_bitmaps: written }.encode(&mut head);
+    GroupHeader { free_blocks: extent.len - used, free_domains, written_bitmaps: written, bitmap_versions: 0 }
+        .encode(&mut head);
     (maps, head)
 }

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use cluster::{LockBlock, LockId};
 use journal::Block;
-use journal::block::{BlockHeader, BlockKind};
+use journal::block::{BlockHeader, BlockKind, check_version, version};
 
 use super::{RepairError, scan};
 use crate::check::blocks::Blocks;
 use crate::check::links::Links;
-use crate::check::reader::Reader;
+use crate::check::reader::{Read, Reader};
 use crate::check::{Notify, Progress, survey};
 use crate::format::domain::DomainHeader;
 use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit};
@@ -68,9 +68,11 @@ impl Domain {
 
 #[derive(Default)]
 pub(super) struct Group {
-    /// Header and bitmaps as they are, if readable.
+    /// Header and bitmaps as they are, if readable and of one age.
     pub header: Option<Arc<Block>>,
     pub bitmaps: Vec<Option<Arc<Block>>>,
+    /// At least the version of each bitmap.
+    pub version: u32,
     pub lock: Option<LockBlock>,
     pub lock_sector: Vec<u8>,
 }
@@ -197,9 +199,20 @@ async fn groups(r: &Reader, v: &mut Loaded) {
             r.verify(number, b, LockId::Group(g), kind).ok()?;
             Some(b.clone())
         };
-        let header = good(at, BlockKind::GroupHeader);
-        let bitmaps = maps.iter().map(|m| good(*m, BlockKind::GroupBitmap)).collect();
-        v.groups.push(Group { header, bitmaps, lock: None, lock_sector: Vec::new() });
+        let mut header = good(at, BlockKind::GroupHeader);
+        let mut bitmaps: Vec<_> = maps.iter().map(|m| good(*m, BlockKind::GroupBitmap)).collect();
+        let mut newest = bitmaps.iter().flatten().map(|b| version(b)).max().unwrap_or(0);
+        if let Some(h) = header.as_ref().and_then(|h| GroupHeader::decode(h).ok()) {
+            newest = newest.max(h.bitmap_versions);
+            let written = (0..).zip(&bitmaps).filter(|(i, _)| h.written_bitmaps & (1u64 << (i % 64)) != 0);
+            let written: Option<Vec<u32>> = written.map(|(_, b)| b.as_deref().map(|b| version(b))).collect();
+            // One of them, or the header, is of an older state: none can be trusted to know what is in use.
+            if written.is_some_and(|v| h.check_versions(v.into_iter()).is_err()) {
+                header = None;
+                bitmaps.fill(None);
+            }
+        }
+        v.groups.push(Group { header, bitmaps, version: newest, lock: None, lock_sector: Vec::new() });
     }
 }
 
@@ -312,6 +325,11 @@ async fn headers(r: &Reader, v: &mut Loaded) {
         if let Some(Ok(b)) = blocks.get(&d.header_block) {
             take_header(r, *id, d, d.header_block, b, &mut v.meta);
         }
+        let least = d.lock.as_ref().map_or(0, |l| l.value.version);
+        if d.header_image.is_some() && d.header.check_age(least).is_err() {
+            d.changed = true;
+            v.damage.push((format!("domain {id}"), "its header is older than its lock block knows".into()));
+        }
     }
 }
 
@@ -330,7 +348,12 @@ pub(super) fn take_header(r: &Reader, id: u32, d: &mut Domain, number: u64, b: &
 
 struct Todo {
     domain: u32,
+    /// What leads to it: an inner node's block, or the header's.
+    parent: u64,
+    /// The keys that all of the parent's children may hold.
+    around: Gap,
     block: u64,
+    version: u32,
     level: u32,
     lower: RawKey,
     upper: Option<RawKey>,
@@ -343,20 +366,35 @@ async fn trees(r: &Reader, v: &mut Loaded, tell: Notify<'_>) {
         match (h.root, h.levels) {
             _ if d.header_image.is_none() => {}
             (0, 0) => {}
-            (root, levels) if root != 0 && (1..=MAX_LEVELS).contains(&levels) => {
-                todo.push(Todo { domain: *id, block: root, level: levels, lower: Key::MIN.encode(), upper: None })
-            }
+            (root, levels) if root != 0 && (1..=MAX_LEVELS).contains(&levels) => todo.push(Todo {
+                domain: *id,
+                parent: d.header_block,
+                around: (Key::MIN.encode(), None),
+                block: root,
+                version: h.root_version(),
+                level: levels,
+                lower: Key::MIN.encode(),
+                upper: None,
+            }),
             _ => d.gaps.push((Key::MIN.encode(), None)),
         }
     }
     let mut done = 0;
     while !todo.is_empty() {
         let mut below = Vec::new();
-        for batch in todo.chunks(NODES) {
+        let mut rest = todo.as_slice();
+        while !rest.is_empty() {
+            let (batch, more) = rest.split_at(families(rest));
+            rest = more;
             tell(Progress { phase: "damaged trees", done, total: done + todo.len() as u64 });
             done += batch.len() as u64;
             let blocks = r.many(&batch.iter().map(|t| t.block).collect::<Vec<_>>()).await;
-            for t in batch {
+            let mut stale = BTreeSet::new();
+            for t in batch.iter().filter(|t| blocks.get(&t.block).is_some_and(|b| newer(r, t, b))) {
+                let Some(d) = v.domains.get_mut(&t.domain).filter(|_| stale.insert(t.parent)) else { continue };
+                d.gaps.push(t.around);
+            }
+            for t in batch.iter().filter(|t| !stale.contains(&t.parent)) {
                 let Some(d) = v.domains.get_mut(&t.domain) else { continue };
                 let block = blocks.get(&t.block).and_then(|b| b.as_ref().ok()).filter(|_| v.meta.is_free(t.block));
                 if block.is_some_and(|b| node(r, t, b, d, &mut below).is_some()) {
@@ -384,9 +422,31 @@ async fn trees(r: &Reader, v: &mut Loaded, tell: Notify<'_>) {
     }
 }
 
-/// Takes in a node that verifies in all; `None` if it does not.
+/// How many of `todo` to take at once: all children of a node together.
+fn families(todo: &[Todo]) -> usize {
+    let mut n = 0;
+    for family in todo.chunk_by(|a, b| a.parent == b.parent) {
+        if n > 0 && n + family.len() > NODES {
+            break;
+        }
+        n += family.len();
+    }
+    n
+}
+
+/// Whether what leads to a node is older than the node. Then it may be wrong about everything below it, as nodes were divided and joined
+/// since: the leaves are looked for instead.
+fn newer(r: &Reader, t: &Todo, b: &Read) -> bool {
+    b.as_ref().is_ok_and(|b| {
+        r.verify(t.block, b, LockId::Domain(t.domain), BlockKind::TreeNode).is_ok()
+            && (version(b).wrapping_sub(t.version) as i32) > 0
+    })
+}
+
+/// Takes in a node that verifies in all; `None` if it does not. An older state of it is none: what it holds may be elsewhere by now, newer.
 fn node(r: &Reader, t: &Todo, b: &Block, d: &mut Domain, below: &mut Vec<Todo>) -> Option<()> {
     r.verify(t.block, b, LockId::Domain(t.domain), BlockKind::TreeNode).ok()?;
+    check_version(b, t.version).ok()?;
     let n = Node::open(b, t.level).ok()?;
     n.check().ok()?;
     n.within(&t.lower, t.upper.as_ref()).ok()?;
@@ -397,8 +457,16 @@ fn node(r: &Reader, t: &Todo, b: &Block, d: &mut Domain, below: &mut Vec<Todo>) 
             d.items.insert(cooked(&key), n.value(i).ok()?.to_vec());
         } else {
             let upper = if i + 1 < n.count() { Some(n.key(i + 1).ok()?) } else { t.upper };
-            let block = n.child(i).ok()?;
-            below.push(Todo { domain: t.domain, block, level: t.level - 1, lower: key, upper });
+            below.push(Todo {
+                domain: t.domain,
+                parent: t.block,
+                around: (t.lower, t.upper),
+                block: n.child(i).ok()?,
+                version: n.child_version(i).ok()?,
+                level: t.level - 1,
+                lower: key,
+                upper,
+            });
         }
     }
     Some(())
@@ -406,7 +474,8 @@ fn node(r: &Reader, t: &Todo, b: &Block, d: &mut Domain, below: &mut Vec<Todo>) 
 
 /// Of a leaf that has its checksum but is not in order, takes in the items that belong into its place.
 fn disordered(r: &Reader, t: &Todo, b: &Block, d: &mut Domain) -> bool {
-    let whole = r.verify(t.block, b, LockId::Domain(t.domain), BlockKind::TreeNode).is_ok();
+    let whole = r.verify(t.block, b, LockId::Domain(t.domain), BlockKind::TreeNode).is_ok()
+        && check_version(b, t.version).is_ok();
     let Some(n) = Node::open(b, 1).ok().filter(|_| whole && t.level == 1) else { return false };
     for i in 0..n.count() {
         if let (Ok(key), Ok(value)) = (n.key(i), n.value(i))

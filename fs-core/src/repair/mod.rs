@@ -194,7 +194,13 @@ async fn claimed(
             emptied.push(repaired(format!("journal of slot {slot}"), "emptied: its nodes have ended, it held nothing"));
         }
     }
-    let r = Reader { dev: dev.clone(), volume: layout.volume, blocks: layout.blocks, replayed: BTreeMap::new() };
+    let r = Reader {
+        dev: dev.clone(),
+        volume: layout.volume,
+        blocks: layout.blocks,
+        replayed: BTreeMap::new(),
+        least_versions: BTreeMap::new(),
+    };
     let mut damaged = match damaged {
         Some(d) => d,
         None => load::all_damaged(&r, layout, &latest, tell).await?,

@@ -28,7 +28,7 @@ pub async fn superblock(dev: &Arc<dyn BlockDevice>, absent: bool) -> Result<Opti
             write(dev, at, &sb).await?;
             return Ok(Some(repaired(format!("copy of the superblock, block {at}"), "written from the superblock")));
         }
-        Err(e @ SuperblockError::Newer { .. }) => return Err(e.into()),
+        Err(e @ (SuperblockError::Newer { .. } | SuperblockError::Older { .. })) => return Err(e.into()),
         Err(e) => e,
     };
     // Anything else in block 0 is somebody else's.

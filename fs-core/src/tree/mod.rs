@@ -8,6 +8,10 @@
 //! quarter full, an inner node has at least two children. An insert at the tree's very end leaves the full node as it is and
 //! starts a new one, so that items in ascending order fill nodes to the brim.
 //!
+//! Every change has a version, the next number of its domain. Each node that it touches is of that version from then on, and so is
+//! each node above, up to the root, as the pointer to a node says which version it has: a node that is older than what leads to it,
+//! or newer, was written to the device and lost there, or what leads to it was.
+//!
 //! A node is never believed: levels go down by one from [`Root::levels`] (at most [`MAX_LEVELS`]), every node met is
 //! verified against the key bounds its parent gives, so damage gives the store's error, never a panic or a loop.
 
@@ -34,6 +38,8 @@ pub const MAX_LEVELS: u32 = 12;
 pub struct Root {
     /// Block number of the root node; 0 = empty tree.
     pub block: u64,
+    /// Version of the root node: of the latest change of the tree.
+    pub version: u32,
     /// Levels: 0 empty, 1 the root is a leaf.
     pub levels: u32,
     /// Nodes in the tree.
@@ -55,6 +61,8 @@ pub trait NodeRead {
 /// half changed: the caller drops it.
 #[allow(async_fn_in_trait)]
 pub trait NodeWrite: NodeRead {
+    /// Version of the nodes that this operation changes.
+    fn version(&self) -> u32;
     /// The node, private to this operation, to change in place.
     async fn node_mut(&mut self, block: u64) -> Result<&mut Block>;
     /// A new zeroed node with its block header encoded.

@@ -14,8 +14,8 @@
 //! |    |   | room for more slots and bodies |
 //! | heap | | bodies, in no order |
 //!
-//! Body of an item in a leaf: key (17), length of the value (2), value. In an inner node: key (17), child's block (8);
-//! the key is the smallest that the child may hold, and that of the first item is the smallest that the node itself
+//! Body of an item in a leaf: key (17), length of the value (2), value. In an inner node: key (17), child's block (8), child's
+//! version (4), which the child has in its header too; the key is the smallest that the child may hold, and that of the first item is the smallest that the node itself
 //! may hold ([`Key::MIN`] along the left edge of the tree), so every node's bounds can be verified from above.
 //!
 //! Nothing here panics on what a node holds: [`Node::open`] bounds the counts, every body is bounds-checked when used.
@@ -37,7 +37,8 @@ pub(crate) const UNDERFULL: usize = CAPACITY / 4;
 /// Otherwise an even split of both leaves each with more than `UNDERFULL` (the largest item is under a third of a node).
 pub(crate) const MERGE_MAX: usize = CAPACITY / 8 * 7;
 const LEAF_HEAD: usize = KEY_SIZE + 2;
-const INNER_BODY: usize = KEY_SIZE + 8;
+const CHILD_VERSION: usize = KEY_SIZE + 8;
+const INNER_BODY: usize = CHILD_VERSION + 4;
 
 /// A key as stored: compares bytewise as keys do.
 pub(crate) type RawKey = [u8; KEY_SIZE];
@@ -66,10 +67,11 @@ pub(crate) fn leaf_body(key: &RawKey, value: &[u8]) -> Vec<u8> {
 }
 
 /// Body of an inner item.
-pub(crate) fn inner_body(key: &RawKey, child: u64) -> Vec<u8> {
+pub(crate) fn inner_body(key: &RawKey, child: u64, version: u32) -> Vec<u8> {
     let mut b = Vec::with_capacity(INNER_BODY);
     b.extend_from_slice(key);
     b.extend_from_slice(&child.to_le_bytes());
+    b.extend_from_slice(&version.to_le_bytes());
     b
 }
 
@@ -169,6 +171,15 @@ impl<'a> Node<'a> {
             v.copy_from_slice(b);
         }
         Ok(u64::from_le_bytes(v))
+    }
+
+    /// Version that the child of an inner node's item has.
+    pub fn child_version(&self, i: usize) -> Result<u32, Bad> {
+        let mut v = [0; 4];
+        if let Some(b) = self.body(i)?.get(CHILD_VERSION..INNER_BODY) {
+            v.copy_from_slice(b);
+        }
+        Ok(u32::from_le_bytes(v))
     }
 
     /// The item with this key, or where it would go.
@@ -353,6 +364,17 @@ pub(crate) fn set_key(b: &mut [u8], level: u32, i: usize, key: &RawKey) -> Resul
     Ok(())
 }
 
+/// Says that the child of an inner node's item has this version from here on.
+pub(crate) fn set_child_version(b: &mut [u8], level: u32, i: usize, version: u32) -> Result<(), Bad> {
+    let n = Node::open(b, level)?;
+    if n.is_leaf() {
+        return Err("a leaf has no children".into());
+    }
+    let (at, _) = n.body_at(i)?;
+    b[at + CHILD_VERSION..at + INNER_BODY].copy_from_slice(&version.to_le_bytes());
+    Ok(())
+}
+
 /// Decodes a stored key.
 pub(crate) fn cooked(key: &RawKey) -> Key {
     Key::decode(key).unwrap_or(Key::MIN)
@@ -384,8 +406,8 @@ mod tests {
     fn golden_inner() {
         let mut b = vec![0; BLOCK_LEN];
         init(&mut b, 3);
-        insert_at(&mut b, 3, 0, &inner_body(&key(9, 0), 0x1122)).unwrap();
-        assert_eq!(b[64..74], [3, 0, 1, 0, 0xe7, 0x0f, 0, 0, 0xe7, 0x0f]);
+        insert_at(&mut b, 3, 0, &inner_body(&key(9, 0), 0x1122, 0x0304)).unwrap();
+        assert_eq!(b[64..74], [3, 0, 1, 0, 0xe3, 0x0f, 0, 0, 0xe3, 0x0f]);
         assert_eq!(b[0xfe7..], [0, 0, 0, 0, 0, 0, 0, 9, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0x22, 0x11, 0, 0, 0, 0, 0, 0]);
     }
 

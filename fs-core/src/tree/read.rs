@@ -4,10 +4,11 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use journal::Block;
+use journal::block::{self, BlockHeader};
 
 use super::node::{Bad, Node, RawKey, cooked};
 use super::{MAX_LEVELS, NodeRead, Root};
-use crate::error::Result;
+use crate::error::{FsError, Result};
 use crate::format::item::Key;
 
 /// A node on the way down, with the keys it may hold.
@@ -35,21 +36,39 @@ impl Frame {
     pub async fn child<R: NodeRead>(&self, s: &R, index: usize) -> Result<Frame> {
         let n = self.open(s)?;
         let block = at(s, self.block, n.child(index))?;
+        let version = at(s, self.block, n.child_version(index))?;
         let lower = at(s, self.block, n.key(index))?;
         let upper = if index + 1 < n.count() { Some(at(s, self.block, n.key(index + 1))?) } else { self.upper };
         // A walk that goes on from a child's upper bound ends only if bounds grow.
         if upper.is_some_and(|u| u <= lower) {
             return Err(s.damaged(self.block, "keys are not in order"));
         }
-        load(s, block, self.level - 1, lower, upper).await
+        load(s, block, version, self.level - 1, lower, upper).await
     }
 }
 
-async fn load<R: NodeRead>(s: &R, block: u64, level: u32, lower: RawKey, upper: Option<RawKey>) -> Result<Frame> {
+/// A node of the version that what leads to it says.
+pub(super) async fn checked<R: NodeRead>(s: &R, block: u64, version: u32) -> Result<Arc<Block>> {
+    let node = s.node(block).await?;
+    if let Err(why) = block::check_version(&node, version) {
+        let owner = BlockHeader::decode(&node).map_err(|e| s.damaged(block, &e.to_string()))?.owner;
+        return Err(FsError::Block { block, owner, why });
+    }
+    Ok(node)
+}
+
+async fn load<R: NodeRead>(
+    s: &R,
+    block: u64,
+    version: u32,
+    level: u32,
+    lower: RawKey,
+    upper: Option<RawKey>,
+) -> Result<Frame> {
     if block == 0 {
         return Err(s.damaged(block, "tree node without a block"));
     }
-    let node = s.node(block).await?;
+    let node = checked(s, block, version).await?;
     let f = Frame { block, node, level, index: 0, lower, upper };
     at(s, block, f.open(s)?.within(&f.lower, f.upper.as_ref()))?;
     Ok(f)
@@ -59,7 +78,9 @@ async fn load<R: NodeRead>(s: &R, block: u64, level: u32, lower: RawKey, upper: 
 pub(super) async fn load_root<R: NodeRead>(s: &R, root: Root) -> Result<Option<Frame>> {
     match (root.block, root.levels) {
         (0, 0) => Ok(None),
-        (b, l) if b != 0 && (1..=MAX_LEVELS).contains(&l) => Ok(Some(load(s, b, l, Key::MIN.encode(), None).await?)),
+        (b, l) if b != 0 && (1..=MAX_LEVELS).contains(&l) => {
+            Ok(Some(load(s, b, root.version, l, Key::MIN.encode(), None).await?))
+        }
         (b, l) => Err(s.damaged(b, &format!("a tree of {l} levels cannot be"))),
     }
 }

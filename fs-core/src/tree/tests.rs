@@ -5,7 +5,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use cluster::LockId;
-use journal::block::{BlockHeader, BlockKind};
+use journal::block::{BlockError, BlockHeader, BlockKind, version};
 use journal::{BLOCK_SIZE, Block};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -20,6 +20,8 @@ use crate::format::item::{Key, Kind, VALUE_MAX};
 struct Store {
     nodes: BTreeMap<u64, Arc<Block>>,
     next: u64,
+    /// Of the operation under way.
+    version: u32,
     prefetched: std::cell::RefCell<Vec<Vec<u64>>>,
     /// Nodes read since [`Store::expect_an_end`], which no single call may make many of: a loop fails instead of hanging.
     read: std::cell::Cell<u64>,
@@ -47,6 +49,9 @@ impl NodeRead for Store {
 }
 
 impl NodeWrite for Store {
+    fn version(&self) -> u32 {
+        self.version
+    }
     async fn node_mut(&mut self, block: u64) -> Result<&mut Block> {
         match self.nodes.get_mut(&block) {
             Some(n) => Ok(Arc::make_mut(n)),
@@ -61,6 +66,7 @@ impl NodeWrite for Store {
             owner: LockId::Domain(1),
             volume: 1,
             block: self.next,
+            version: 0,
             tenure: 0,
             record: 0,
         };
@@ -92,6 +98,20 @@ fn bytes_changed(old: &Store, new: &Store) -> usize {
         o.iter().zip(b.iter()).filter(|(x, y)| x != y).count()
     };
     new.nodes.iter().map(diff).sum()
+}
+
+/// Whatever an operation changed is of its version, and so is the root then.
+fn all_changes_have_the_version(before: &Store, after: &Store, root: Root) {
+    let mut any = before.nodes.len() != after.nodes.len();
+    for (n, b) in &after.nodes {
+        if before.nodes.get(n).is_none_or(|o| o[..] != b[..]) {
+            assert_eq!(version(b), after.version, "block {n} changed, its version did not");
+            any = true;
+        }
+    }
+    if any && root.block != 0 {
+        assert_eq!(root.version, after.version);
+    }
 }
 
 /// Every invariant of the tree's shape, and that it holds exactly `map`.
@@ -152,6 +172,8 @@ proptest! {
         run(async {
             let (mut s, mut root, mut map) = (Store::default(), Root::default(), BTreeMap::new());
             for (i, op) in ops.iter().enumerate() {
+                let before = s.clone();
+                s.version = s.version.wrapping_add(1);
                 match *op {
                     Op::Insert(k, len) => {
                         let v = vec![i as u8; len];
@@ -171,6 +193,7 @@ proptest! {
                         }
                     }
                 }
+                all_changes_have_the_version(&before, &s, root);
                 if i % 8 == 0 {
                     verify(&s, root, &map).await;
                 }
@@ -191,6 +214,66 @@ proptest! {
             assert_eq!(rest.len(), map.len());
             assert_eq!(root, Root::default());
             assert!(s.nodes.is_empty());
+        });
+    }
+
+    /// A write of one node is acknowledged and lost: its place has an older state, sound in itself.
+    #[test]
+    fn an_older_state_of_a_node_is_never_believed(first in ops(), then in ops(), which in any::<prop::sample::Index>()) {
+        run(async {
+            let (mut s, mut root) = (Store::default(), Root::default());
+            let (mut map, mut before) = (BTreeMap::new(), BTreeMap::new());
+            for (i, op) in first.iter().chain(&then).enumerate() {
+                if i == first.len() {
+                    before = s.nodes.clone();
+                }
+                s.version += 1;
+                match *op {
+                    Op::Insert(k, len) => {
+                        let v = vec![i as u8; len];
+                        insert(&mut s, &mut root, &key(k), &v).await.unwrap();
+                        map.insert(key(k), v);
+                    }
+                    Op::Remove(k) => {
+                        remove(&mut s, &mut root, &key(k)).await.unwrap();
+                        map.remove(&key(k));
+                    }
+                    Op::RemoveRange(a, b, _) => {
+                        remove_range(&mut s, &mut root, &key(a), &key(b), usize::MAX).await.unwrap();
+                        map.retain(|k, _| *k < key(a) || *k > key(b));
+                    }
+                }
+            }
+            let changed: Vec<u64> =
+                s.nodes.iter().filter(|(n, b)| before.get(n).is_some_and(|o| o[..] != b[..])).map(|n| *n.0).collect();
+            if changed.is_empty() {
+                return;
+            }
+            let stale = changed[which.index(changed.len())];
+            let (now, old) = (version(&s.nodes[&stale]), version(&before[&stale]));
+            s.nodes.insert(stale, before[&stale].clone());
+            let told = |e: FsError| match e {
+                FsError::Block { block, why, .. } => {
+                    assert_eq!((block, why), (stale, BlockError::Version { expected: now, found: old }));
+                }
+                e => panic!("{e}"),
+            };
+            told(scan(&s, root, Key::MIN, Key::MAX, usize::MAX).await.expect_err("the older state was believed"));
+            told(for_each_node(&s, root, &mut |_, _| ()).await.expect_err("the older state was believed"));
+            for k in (0..600).map(key) {
+                match get(&s, root, &k).await {
+                    Ok(v) => assert_eq!(v, map.get(&k).cloned()),
+                    Err(e) => told(e),
+                }
+                // Nor is it made a part of something new.
+                let (mut t, mut troot) = (s.clone(), root);
+                t.version += 1;
+                if let Err(e) = remove(&mut t, &mut troot, &k).await {
+                    told(e);
+                } else if troot.block != 0 {
+                    told(scan(&t, troot, Key::MIN, Key::MAX, usize::MAX).await.expect_err("made new"));
+                }
+            }
         });
     }
 
@@ -279,9 +362,9 @@ fn a_root_that_cannot_be_is_an_error() {
     run(async {
         let s = Store::default();
         for root in [
-            Root { block: 0, levels: 1, nodes: 1 },
-            Root { block: 5, levels: 0, nodes: 1 },
-            Root { block: 5, levels: 13, nodes: 1 },
+            Root { block: 0, version: 0, levels: 1, nodes: 1 },
+            Root { block: 5, version: 0, levels: 0, nodes: 1 },
+            Root { block: 5, version: 0, levels: 13, nodes: 1 },
         ] {
             assert!(get(&s, root, &key(1)).await.is_err());
         }
@@ -319,6 +402,7 @@ fn small_changes_are_few_bytes() {
                 (Key::new(i + 2, Kind::Inode, 0), vec![i as u8 | 1; 112]),
             ] {
                 let (before, nodes) = (s.clone(), root.nodes);
+                s.version += 1;
                 insert(&mut s, &mut root, &k, &v).await.unwrap();
                 let n = bytes_changed(&before, &s);
                 total += n;
@@ -339,11 +423,15 @@ fn small_changes_are_few_bytes() {
         // Replacing by the same size touches only the value.
         let k = Key::new(900, Kind::Inode, 0);
         let before = s.clone();
+        s.version += 1;
         insert(&mut s, &mut root, &k, &[0xee; 112]).await.unwrap();
-        assert!(bytes_changed(&before, &s) <= 112);
+        // and the version: two bytes of it in each node on the way and in each pointer
+        assert_eq!(root.levels, 3);
+        assert!(bytes_changed(&before, &s) <= 112 + 2 * 5);
         // A rename in a mailbox: one entry goes, another comes.
         let gone = scan(&s, root, Key::new(1, Kind::Dirent, 1 << 60), Key::MAX, 1).await.unwrap().remove(0);
         let before = s.clone();
+        s.version += 1;
         remove(&mut s, &mut root, &gone.0).await.unwrap();
         assert!(bytes_changed(&before, &s) < 150, "{}", bytes_changed(&before, &s));
     });

@@ -1,10 +1,12 @@
 //! Changing a tree: inserts with splits, removals with merges.
 
+use journal::block::set_version;
+
 use super::node::{
     self, CAPACITY, MERGE_MAX, Node, RawKey, UNDERFULL, body_key, cooked, cost, inner_body, insert_at, leaf_body,
-    rebuild, remove_at, set_key, shrink_value,
+    rebuild, remove_at, set_child_version, set_key, shrink_value,
 };
-use super::read::{Frame, at, descend};
+use super::read::{Frame, at, checked, descend};
 use super::{MAX_LEVELS, NodeRead, NodeWrite, Root};
 use crate::error::Result;
 use crate::format::item::{Key, VALUE_MAX};
@@ -17,12 +19,38 @@ struct Step {
     index: usize,
 }
 
-/// Forgets the nodes of a path: (inner steps, leaf's block).
-fn steps(path: Vec<Frame>) -> (Vec<Step>, u64) {
+/// Takes the nodes of a path over to be changed, before anything else is: they and the pointers to them are of this operation's version
+/// from here on, so whatever moves a pointer afterwards moves the right one. Gives the inner steps and the leaf's block.
+async fn touch<W: NodeWrite>(s: &mut W, root: &mut Root, path: Vec<Frame>) -> Result<(Vec<Step>, u64)> {
+    let version = s.version();
     let mut steps: Vec<Step> =
         path.into_iter().map(|f| Step { block: f.block, level: f.level, index: f.index }).collect();
     let leaf = steps.pop().map_or(0, |s| s.block);
-    (steps, leaf)
+    for step in &steps {
+        stamp(s, step.block, version).await?;
+        point(s, step.block, step.level, step.index, version).await?;
+    }
+    stamp(s, leaf, version).await?;
+    root.version = version;
+    Ok((steps, leaf))
+}
+
+async fn stamp<W: NodeWrite>(s: &mut W, block: u64, version: u32) -> Result<()> {
+    set_version(s.node_mut(block).await?, version);
+    Ok(())
+}
+
+/// The pointer at `index` leads to a child of `version`.
+async fn point<W: NodeWrite>(s: &mut W, block: u64, level: u32, index: usize, version: u32) -> Result<()> {
+    change(s, block, |b| set_child_version(b, level, index, version)).await
+}
+
+/// A new node of this operation.
+async fn new_node<W: NodeWrite>(s: &mut W) -> Result<u64> {
+    let block = s.alloc_node().await?;
+    let version = s.version();
+    stamp(s, block, version).await?;
+    Ok(block)
 }
 
 /// Reads a node once more on the way up; it was verified on the way down.
@@ -54,9 +82,9 @@ pub async fn insert<W: NodeWrite>(s: &mut W, root: &mut Root, key: &Key, value: 
     let key = key.encode();
     let path = descend(s, *root, &key).await?;
     let Some(leaf) = path.last() else {
-        let block = s.alloc_node().await?;
+        let block = new_node(s).await?;
         change(s, block, |b| rebuild(b, 1, &[&leaf_body(&key, value)])).await?;
-        *root = Root { block, levels: 1, nodes: 1 };
+        *root = Root { block, version: s.version(), levels: 1, nodes: 1 };
         return Ok(());
     };
     let n = leaf.open(s)?;
@@ -65,7 +93,7 @@ pub async fn insert<W: NodeWrite>(s: &mut W, root: &mut Root, key: &Key, value: 
         Ok(i) => Some(at(s, leaf.block, n.value(i))?.len()),
         Err(_) => None,
     };
-    let (mut path, leaf) = steps(path);
+    let (mut path, leaf) = touch(s, root, path).await?;
     let i = match found {
         Err(i) => i,
         Ok(i) => {
@@ -87,7 +115,8 @@ pub async fn insert<W: NodeWrite>(s: &mut W, root: &mut Root, key: &Key, value: 
         let Some(parent) = path.pop() else {
             return grow(s, root, block, separator, right).await;
         };
-        (block, level, i, body) = (parent.block, parent.level, parent.index + 1, inner_body(&separator, right));
+        (block, level, i, body) =
+            (parent.block, parent.level, parent.index + 1, inner_body(&separator, right, s.version()));
     }
 }
 
@@ -125,7 +154,7 @@ async fn split<W: NodeWrite>(
         (false, _) => middle(&bodies),
     };
     let separator = bodies.get(k).map(|b| body_key(b)).unwrap_or_default();
-    let right = s.alloc_node().await?;
+    let right = new_node(s).await?;
     root.nodes += 1;
     change(s, right, |b| rebuild(b, level, &bodies[k..])).await?;
     let count = bodies.len() - 1;
@@ -161,10 +190,11 @@ async fn grow<W: NodeWrite>(s: &mut W, root: &mut Root, left: u64, separator: Ra
         return Err(s.damaged(root.block, "the tree is too deep"));
     }
     let levels = root.levels + 1;
-    let block = s.alloc_node().await?;
-    let items = [inner_body(&Key::MIN.encode(), left), inner_body(&separator, right)];
+    let block = new_node(s).await?;
+    let version = s.version();
+    let items = [inner_body(&Key::MIN.encode(), left, version), inner_body(&separator, right, version)];
     change(s, block, |b| rebuild(b, levels, &[&items[0], &items[1]])).await?;
-    *root = Root { block, levels, nodes: root.nodes + 1 };
+    *root = Root { block, version, levels, nodes: root.nodes + 1 };
     Ok(())
 }
 
@@ -203,7 +233,7 @@ pub async fn remove_range<W: NodeWrite>(
         // What follows in the tree, if anything may: taken before the leaf's bounds change.
         let next = leaf.upper.filter(|_| end == n.count());
         if end > start {
-            let (path, leaf) = steps(path);
+            let (path, leaf) = touch(s, root, path).await?;
             change(s, leaf, |b| remove_at(b, 1, start..end)).await?;
             refill(s, root, path, leaf, 1).await?;
         }
@@ -237,18 +267,23 @@ async fn refill<W: NodeWrite>(s: &mut W, root: &mut Root, mut path: Vec<Step>, l
 /// merged, so that the parent lost an item; false if their items were divided anew.
 async fn join<W: NodeWrite>(s: &mut W, root: &mut Root, parent: &Step, level: u32) -> Result<bool> {
     let li = parent.index.saturating_sub(1);
-    let (left, right, separator) =
-        reopen(s, parent.block, parent.level, |n| Ok((n.child(li)?, n.child(li + 1)?, n.key(li + 1)?))).await?;
+    let (left, right, separator, versions) = reopen(s, parent.block, parent.level, |n| {
+        Ok((n.child(li)?, n.child(li + 1)?, n.key(li + 1)?, (n.child_version(li)?, n.child_version(li + 1)?)))
+    })
+    .await?;
     if left == right {
         return Err(s.damaged(parent.block, "two items have the same child"));
     }
-    let (l, r) = (s.node(left).await?, s.node(right).await?);
+    let (l, r) = (checked(s, left, versions.0).await?, checked(s, right, versions.1).await?);
+    let version = s.version();
     let ln = at(s, left, Node::open(&l, level))?;
     let rn = at(s, right, Node::open(&r, level))?;
     if ln.used() + rn.used() <= MERGE_MAX {
         let count = ln.count();
         let bodies: Vec<Vec<u8>> = at(s, right, rn.bodies())?.into_iter().map(<[u8]>::to_vec).collect();
         drop((l, r));
+        stamp(s, left, version).await?;
+        point(s, parent.block, parent.level, li, version).await?;
         for (k, body) in bodies.iter().enumerate() {
             change(s, left, |b| insert_at(b, level, count + k, body)).await?;
         }
@@ -264,8 +299,11 @@ async fn join<W: NodeWrite>(s: &mut W, root: &mut Root, parent: &Step, level: u3
     }
     let k = middle(&bodies);
     let new_separator = bodies.get(k).map_or(separator, |b| body_key(b));
-    change(s, left, |b| rebuild(b, level, &bodies[..k])).await?;
-    change(s, right, |b| rebuild(b, level, &bodies[k..])).await?;
+    for (i, child, bodies) in [(li, left, &bodies[..k]), (li + 1, right, &bodies[k..])] {
+        change(s, child, |b| rebuild(b, level, bodies)).await?;
+        stamp(s, child, version).await?;
+        point(s, parent.block, parent.level, i, version).await?;
+    }
     change(s, parent.block, |b| set_key(b, parent.level, li + 1, &new_separator)).await?;
     Ok(false)
 }
@@ -288,7 +326,7 @@ async fn shrink_root<W: NodeWrite>(s: &mut W, root: &mut Root) -> Result<()> {
             (0, _) => return Err(s.damaged(root.block, "node without items")),
             (1, 2..) => {
                 s.free_node(root.block);
-                *root = Root { block: child, levels: level - 1, nodes };
+                *root = Root { block: child, levels: level - 1, nodes, ..*root };
             }
             _ => return Ok(()),
         }

@@ -56,7 +56,7 @@ pub async fn open(disk: &Arc<SimDisk>, incarnation: u32) -> (Arc<SimNode>, Arc<J
 /// A block with `text` at byte `at`, else zero.
 pub fn content(owner: LockId, number: u64, at: usize, text: &[u8]) -> Arc<Block> {
     let mut b = Block::zeroed(BLOCK_SIZE);
-    BlockHeader { kind: BlockKind::TreeNode, owner, volume: VOLUME, block: number, tenure: 0, record: 0 }
+    BlockHeader { kind: BlockKind::TreeNode, owner, volume: VOLUME, block: number, version: 0, tenure: 0, record: 0 }
         .encode(&mut b);
     b[at..at + text.len()].copy_from_slice(text);
     Arc::new(b)

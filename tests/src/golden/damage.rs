@@ -4,7 +4,7 @@ use cluster::LockId;
 use fs_core::ROOT_INO;
 use fs_core::format::item::{Key, Kind, ino_domain, ino_local};
 
-use super::edit::{BLOCK, Image, add32};
+use super::edit::{BLOCK, Image, add32, add64};
 
 const B: u64 = BLOCK as u64;
 
@@ -67,7 +67,8 @@ pub const CASES: &[Case] = &[
         v.flip(50);
         v.flip(v.layout().backup_superblock() * B + 51);
     }),
-    clean("newer-version", "a format version that does not exist yet", |v| v.superblocks(|b| b[8] = 2)),
+    clean("newer-version", "a format version that does not exist yet", |v| v.superblocks(|b| b[8] = 3)),
+    clean("older-version", "a format version that is not read any more", |v| v.superblocks(|b| b[8] = 1)),
     clean("feature-incompatible", "an unknown incompatible feature", |v| v.superblocks(|b| b[24] = 1)),
     clean("feature-read-only", "an unknown read-only-compatible feature", |v| v.superblocks(|b| b[32] = 1)),
     clean("feature-compatible", "an unknown compatible feature", |v| v.superblocks(|b| b[16] = 1)),
@@ -150,6 +151,27 @@ pub const CASES: &[Case] = &[
             b.swap(72, 74);
             b.swap(73, 75);
         });
+    }),
+    clean("stale-leaf", "a leaf of a mailbox as it was before a message came", |v| {
+        let small = v.at(SMALL);
+        let key = Key::new(ino_local(small), Kind::Inode, 0);
+        let leaf = v.leaf(mailbox(v), &key);
+        v.remove(mailbox(v), &key);
+        v.older(leaf.0, 3);
+    }),
+    clean("stale-inner", "an inner node that is older than the leaves below it", |v| {
+        let path = v.path(mailbox(v), &Key::MIN);
+        assert!(path.len() > 1, "the tree has an inner node");
+        v.older(path[0].0, 3);
+    }),
+    clean("stale-domain-header", "a domain's header that is older than its tree", |v| {
+        let header = v.header(mailbox(v));
+        v.block(header, |b| add64(b, 128, -3));
+    }),
+    clean("stale-bitmap", "a group's bitmap as it was before a file was made", |v| {
+        let map = v.layout().group_bitmap(0, 0);
+        v.block(map, |b| b[64 + 2] = 0);
+        v.older(map, 1);
     }),
     clean("misdirected-write", "a leaf of one mailbox lies in the place of another's", |v| {
         let (from, to) = (v.leaf(mailbox(v), &Key::MIN), v.leaf(ino_domain(v.at("node1")), &Key::MIN));

@@ -62,6 +62,11 @@ impl Image {
         seal(b, h.tenure, h.record);
     }
 
+    /// Gives a block the version that it had so many changes ago.
+    pub fn older(&mut self, number: u64, changes: i64) {
+        self.block(number, |b| add32(b, 28, -changes));
+    }
+
     /// Changes both copies of the superblock, and their checksums.
     pub fn superblocks(&mut self, change: impl Fn(&mut [u8])) {
         let last = self.layout().backup_superblock() as usize;

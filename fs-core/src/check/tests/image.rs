@@ -45,6 +45,9 @@ impl NodeRead for Nodes {
 }
 
 impl NodeWrite for Nodes {
+    fn version(&self) -> u32 {
+        1
+    }
     async fn node_mut(&mut self, block: u64) -> Result<&mut Block> {
         Ok(Arc::make_mut(self.nodes.get_mut(&block).unwrap()))
     }
@@ -63,7 +66,7 @@ const UUID: [u8; 16] = [7; 16];
 fn block(kind: BlockKind, owner: LockId, number: u64) -> Block {
     let mut b = Block::zeroed(BLOCK_SIZE);
     let volume = u64::from_le_bytes([7; 8]);
-    BlockHeader { kind, owner, volume, block: number, tenure: 0, record: 0 }.encode(&mut b);
+    BlockHeader { kind, owner, volume, block: number, version: 0, tenure: 0, record: 0 }.encode(&mut b);
     b
 }
 
@@ -88,6 +91,8 @@ pub struct Image {
     pub file_extent: (u64, u32),
     pub free_blocks_off: u64,
     pub free_domains_off: u32,
+    /// What the group headers say; the bitmaps say 0.
+    pub bitmap_versions: u32,
     /// Lock blocks without a header's place.
     pub no_root: Vec<u32>,
     /// Domains that the domain bitmap leaves out.
@@ -132,6 +137,7 @@ impl Image {
             file_extent: (0, 0),
             free_blocks_off: 0,
             free_domains_off: 0,
+            bitmap_versions: 0,
             no_root: Vec::new(),
             hidden_domains: Vec::new(),
             slot_state: SlotState::Free,
@@ -279,7 +285,7 @@ impl Image {
                 put(&disk, *n, (**b).clone());
             }
             let mut h = dom.header;
-            (h.root, h.levels) = (root.block, root.levels);
+            (h.root, h.levels, h.version) = (root.block, root.levels, root.version.into());
             if h.nodes == 0 {
                 h.nodes = root.nodes;
             }
@@ -296,7 +302,7 @@ impl Image {
         for d in 1..BOX + 1 {
             let root = self.domains.get(&d).filter(|_| !self.no_root.contains(&d)).map_or(0, |d| d.header_block);
             let id = LockId::Domain(d);
-            let mut lock = LockBlock::unheld(c.volume, id, LockValue { root, next_local: 0 });
+            let mut lock = LockBlock::unheld(c.volume, id, LockValue { root, next_local: 0, version: 0 });
             if let Some((slot, incarnation)) = self.lock_holder.filter(|_| d == BOX) {
                 let held = Some(Mode::Exclusive);
                 lock.tenure = 1;
@@ -332,6 +338,7 @@ impl Image {
             free_blocks: extent.len - used + self.free_blocks_off * u64::from(g == 0),
             free_domains: free_domains + self.free_domains_off * u32::from(g == 0),
             written_bitmaps: u64::from(used > 0),
+            bitmap_versions: self.bitmap_versions,
         };
         h.encode(&mut head);
         put(disk, l.group_header(g), head);
