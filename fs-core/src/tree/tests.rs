@@ -380,7 +380,7 @@ fn ascending_items_fill_leaves() {
         }
         assert_eq!(root.levels, 3);
         // 30 items of 133 bytes fit into 4024
-        assert_eq!(root.nodes, 20_000u64.div_ceil(30) + 5 + 1);
+        assert_eq!(root.nodes, 20_000u64.div_ceil(30) + 6 + 1);
         for_each_node(&s, root, &mut |_, b| {
             check_node(b, u16::from_le_bytes([b[64], b[65]]).into()).unwrap();
         })
@@ -426,14 +426,14 @@ fn small_changes_are_few_bytes() {
         s.version += 1;
         insert(&mut s, &mut root, &k, &[0xee; 112]).await.unwrap();
         // and the version: two bytes of it in each node on the way and in each pointer
-        assert_eq!(root.levels, 3);
-        assert!(bytes_changed(&before, &s) <= 112 + 2 * 5);
+        assert_eq!(root.levels, 2);
+        assert!(bytes_changed(&before, &s) <= 112 + 2 * 3);
         // A rename in a mailbox: one entry goes, another comes.
         let gone = scan(&s, root, Key::new(1, Kind::Dirent, 1 << 60), Key::MAX, 1).await.unwrap().remove(0);
         let before = s.clone();
         s.version += 1;
         remove(&mut s, &mut root, &gone.0).await.unwrap();
-        assert!(bytes_changed(&before, &s) < 150, "{}", bytes_changed(&before, &s));
+        assert!(bytes_changed(&before, &s) < 150 + 2 * 3, "{}", bytes_changed(&before, &s));
     });
 }
 
