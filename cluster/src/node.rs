@@ -331,6 +331,11 @@ impl Node {
         self.shared.table.lock().vacant()
     }
 
+    /// Whether the latest life of a vacant slot, or of this node's before its own, ended by a crash.
+    pub fn crashed_before(&self) -> bool {
+        self.shared.table.lock().crashed_before(self.id())
+    }
+
     /// The lock block as it is on disk now.
     pub async fn read_lock(&self, id: LockId) -> Result<LockBlock> {
         self.shared.read_block(id).await

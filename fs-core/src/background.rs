@@ -17,11 +17,13 @@ impl Volume {
         }
         for job in [Job::WriteBack, Job::Deferred] {
             let (weak, mut stop) = (self.me.clone(), self.stop.subscribe());
+            let unmount_waits = self.closing.clone().try_read_owned();
             tokio::spawn(async move {
                 if let (Job::Deferred, Some(volume)) = (job, weak.upgrade()) {
                     volume.unnamed_from_before().await;
                     volume.clean_own_slot().await;
                 }
+                drop(unmount_waits);
                 loop {
                     tokio::select! {
                         biased;

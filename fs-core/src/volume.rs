@@ -125,7 +125,7 @@ pub struct Volume {
     /// Why the volume can do nothing any more.
     failed: tokio::sync::watch::Sender<Option<FsError>>,
     pub(crate) stop: tokio::sync::watch::Sender<bool>,
-    /// Shared by what goes on after last closes: an unmount waits for that, as nobody else would free unnamed files later.
+    /// Shared by what goes on after last closes and deaths: an unmount waits for that, as nobody else would free what was left later.
     pub(crate) closing: Arc<tokio::sync::RwLock<()>>,
     pub(crate) me: Weak<Volume>,
 }

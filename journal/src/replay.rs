@@ -409,6 +409,18 @@ pub(crate) async fn replayed(
     Ok(Some(image))
 }
 
+/// Writes what records lead to, durably. The newest record may have arrived without having been flushed: it is made durable first, or a
+/// loss of power in between could leave a torn block, and take the record that would mend it (I2).
+pub(crate) async fn place(dev: &Arc<dyn BlockDevice>, images: &[(u64, Arc<Block>)]) -> Result<()> {
+    if !images.is_empty() {
+        dev.flush(IoClass::Journal).await?;
+        write_blocks(dev, images).await?;
+    }
+    // Also where nothing is left to write: an earlier replay may not have come to its flush.
+    dev.flush(IoClass::Meta).await?;
+    Ok(())
+}
+
 /// Replays a dead node's journal: writes the images to their places, durably. May be done again.
 pub async fn replay(
     dev: &Arc<dyn BlockDevice>,
@@ -419,7 +431,6 @@ pub async fn replay(
     let scan = scan(dev, region, dead).await?;
     let (images, report) = scan.images(dev, region, dead, locks).await?;
     let images: Vec<_> = images.into_iter().map(|(number, image)| (number, Arc::new(image))).collect();
-    write_blocks(dev, &images).await?;
-    dev.flush(IoClass::Meta).await?;
+    place(dev, &images).await?;
     Ok(report)
 }

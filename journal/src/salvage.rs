@@ -11,8 +11,7 @@ use parking_lot::Mutex;
 
 use crate::BLOCK_SIZE;
 use crate::block::{self, BlockHeader};
-use crate::place::write_blocks;
-use crate::replay::{ReplayReport, TenureSource, replayed, scan, scan_without_header};
+use crate::replay::{ReplayReport, TenureSource, place, replayed, scan, scan_without_header};
 use crate::types::{Region, Result};
 
 /// What a journal that cannot be replayed as a whole came to.
@@ -71,8 +70,7 @@ pub async fn salvage(
         }
     }
     done.assumed.extend(damaged.into_values().map(|why| format!("{why}: taken as held until the node died")));
-    write_blocks(dev, &images).await?;
-    dev.flush(IoClass::Meta).await?;
+    place(dev, &images).await?;
     done.blocks_written = images.len();
     Ok(done)
 }

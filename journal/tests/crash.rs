@@ -160,7 +160,11 @@ async fn run(seed: u64, sector_size: u32) {
             .collect();
         let life = if rng.below(4) == 0 { 3000 } else { 200 };
         sleep(Duration::from_millis(rng.below(life))).await;
-        lights_out(&disk);
+        match rng.below(2) {
+            // The power stays: what the device has in its cache, the recoverer sees, and loses with the power.
+            0 => disk.crash_all(),
+            _ => lights_out(&disk),
+        }
         actors.iter().for_each(|a| a.abort());
         let tenures = model.lock().tenures;
         let held = Held::of(&[(A, tenures[0]), (B, tenures[1])]);

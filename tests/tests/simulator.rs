@@ -19,6 +19,9 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (1650, "an unmount waited for compare-and-writes whose outcome had been unknown long before"),
     (2380, "a node that had failed in the background was taken for one that lived"),
     (6813, "a node hung until just before the device stalled, together longer than its lease"),
+    (82, "a node that failed in the middle of a revocation turned in a circle"),
+    (65, "unnamed files of dead nodes stayed: the node that had recovered them left before it had freed them"),
+    (76, "unnamed files stayed: the grant of their domain was older than the death of the node that had them open"),
     (7449, "two nodes took a group and a domain from each other, each for an operation that needs both"),
 ];
 

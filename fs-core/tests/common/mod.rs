@@ -50,7 +50,7 @@ pub async fn try_mount(disk: &Arc<SimDisk>, name: &str) -> Result<Arc<Volume>, M
     Volume::mount(config(disk.open(name), name)).await
 }
 
-fn config(device: Arc<SimNode>, name: &str) -> MountConfig {
+pub fn config(device: Arc<SimNode>, name: &str) -> MountConfig {
     MountConfig {
         device,
         net: None,

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use blockdev::sim::{FaultRates, OpKind};
 use blockdev::{BlockDevice, FencingKind};
+use cluster::{SlotBlock, SlotState};
 use fs_core::ROOT_INO;
+use fs_core::check::Report;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::task::JoinSet;
@@ -14,8 +16,12 @@ use tokio::time::Instant;
 use super::client::{Client, DIR, WHO};
 use super::locker::{Locked, Locker};
 use super::mail::{Mail, Mailer};
+use super::opened::{Opened, Opener};
 use super::shared::{Racer, Shared};
 use super::world::{Host, Outcome, Stop, World};
+
+/// Longer than a volume's rounds of background work are apart.
+const BURIAL: Duration = Duration::from_secs(40);
 
 /// Runs a whole seed.
 pub async fn live(world: Arc<World>) -> Result<(), String> {
@@ -54,6 +60,7 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     let mail = Mail::make(world, &first, ROOT_INO).await?;
     let shared = Shared::make(world, &first, ROOT_INO).await?;
     let locked = Locked::make(world, &first, ROOT_INO).await?;
+    let opened = Opened::make(world, &first, ROOT_INO).await?;
     let mut roots = Vec::new();
     for c in 0..world.setup.clients {
         let name = format!("tree{c}");
@@ -77,6 +84,9 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     for i in 0..world.setup.lockers() {
         mailers.spawn(Locker::new(world.clone(), locked.clone(), i).live());
     }
+    for i in 0..world.setup.openers {
+        mailers.spawn(Opener::new(world.clone(), opened.clone(), i).live());
+    }
     accidents(world, &mut rng).await?;
     world.over.store(true, std::sync::atomic::Ordering::Relaxed);
     world.changed.notify_waiters();
@@ -85,7 +95,7 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
         all.push(client.map_err(|e| world.fail(format!("a client ended: {e}")))?);
     }
     while mailers.join_next().await.is_some() {}
-    end(world, &mut rng, all, mail, shared).await
+    end(world, &mut rng, all, Left { mail, shared, opened }).await
 }
 
 /// What happens while the clients work.
@@ -227,13 +237,14 @@ async fn blackout(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
     Ok(())
 }
 
-async fn end(
-    world: &Arc<World>,
-    rng: &mut StdRng,
-    mut clients: Vec<Client>,
+/// What clients of all nodes shared.
+struct Left {
     mail: Arc<Mail>,
     shared: Arc<Shared>,
-) -> Outcome<()> {
+    opened: Arc<Opened>,
+}
+
+async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, left: Left) -> Outcome<()> {
     world.calm_network();
     while world.lost() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -261,15 +272,40 @@ async fn end(
     for client in &mut clients {
         client.look(&host).await?;
     }
-    mail.look(world, &host).await?;
-    shared.check(world, &host).await?;
-    // What the dead left to be freed has been freed, or waits in the volume.
+    left.mail.look(world, &host).await?;
+    left.shared.check(world, &host).await?;
+    left.opened.look(world, &host).await?;
+    dead_are_buried(world, &host).await?;
+    // What the dead left to be freed has been freed.
     world.leave(&host).await?;
-    fsck(world, "at the end").await
+    match fsck(world, "at the end").await?.orphans {
+        0 => Ok(()),
+        n => Err(world.fail(format!("{n} files without a name stay, with nobody there who has them open"))),
+    }
+}
+
+/// The last node recovers all that died, and in the background frees what only they had open.
+async fn dead_are_buried(world: &Arc<World>, last: &Host) -> Outcome<()> {
+    let layout = world.setup.layout();
+    let me = last.volume.node().slot;
+    let waits = |slot: u16| {
+        let block = world.disk.read_raw(layout.slots + u64::from(slot) * layout.stride, layout.stride as usize);
+        // Never used, or free.
+        SlotBlock::decode(&block, layout.volume, slot).is_ok_and(|b| b.state != SlotState::Free)
+    };
+    let until = Instant::now() + 2 * world.setup.patience();
+    while let Some(slot) = (0..layout.nodes).find(|s| *s != me && waits(*s)) {
+        if Instant::now() > until {
+            return Err(world.fail(format!("{} has not recovered slot {slot}", last.name())));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    tokio::time::sleep(BURIAL).await;
+    Ok(())
 }
 
 /// The check of a volume that nobody has mounted: with the journals of the dead replayed in memory.
-async fn fsck(world: &Arc<World>, when: &str) -> Outcome<()> {
+async fn fsck(world: &Arc<World>, when: &str) -> Outcome<Report> {
     if world.setup.fencing != FencingKind::ProcessLock {
         // A heartbeat on its way from a node that died looks like life.
         tokio::time::sleep(world.setup.late_write_delay).await;
@@ -278,7 +314,7 @@ async fn fsck(world: &Arc<World>, when: &str) -> Outcome<()> {
     let report = fs_core::check::check(&raw, None).await;
     let report = report.map_err(|e| world.fail(format!("fsck {when}: {e}")))?;
     if report.is_clean() {
-        return Ok(());
+        return Ok(report);
     }
     let all: Vec<String> = report.violations.iter().take(20).map(|v| v.to_string()).collect();
     Err(world.fail(format!("fsck {when} finds {}: {}", report.violation_count, all.join("; "))))

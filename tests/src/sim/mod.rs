@@ -10,15 +10,18 @@
 //! - survivors get on within a few seconds; nobody hangs;
 //! - the check of fsck finds nothing, neither with the journals of the dead unreplayed nor at the end.
 //!
-//! [`world`] has the hosts and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
-//! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores,
+//! [`world`] has the hosts ([`host`]) and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
+//! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks,
+//! [`opened`] files that are removed while open, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores,
 //! [`kept`] keeps those that failed.
 
 mod client;
 mod fate;
+mod host;
 pub mod kept;
 mod locker;
 mod mail;
+mod opened;
 mod setup;
 mod shared;
 pub mod soak;

@@ -53,6 +53,8 @@ pub struct Setup {
     pub think_ms: u64,
     /// Locks without compare-and-write.
     pub plain: bool,
+    /// Clients that keep files open.
+    pub openers: usize,
 }
 
 impl Setup {
@@ -94,6 +96,7 @@ impl Setup {
             think_ms: pick(&mut rng, &[20, 100, 200]),
             // Where nothing fences: others' nodes are waited out in any case.
             plain: fencing == FencingKind::None && rng.random_bool(0.5),
+            openers: if rng.random_bool(0.5) { rng.random_range(1..=hosts.min(4)) } else { 0 },
         }
     }
 
