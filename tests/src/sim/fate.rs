@@ -13,7 +13,9 @@ use rand::{RngExt, SeedableRng};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::bulk::{Bulk, Kind};
 use super::client::{Client, DIR, WHO};
+use super::emptying;
 use super::locker::{Locked, Locker};
 use super::mail::{Mail, Mailer};
 use super::opened::{Opened, Opener};
@@ -67,11 +69,21 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
         let made = world.done(&first, "mkdir", first.volume.mkdir(WHO, ROOT_INO, name.as_bytes(), DIR)).await?;
         roots.push(made.value.ino);
     }
+    let mut in_bulk = Vec::new();
+    let kind = if world.setup.small() { Kind::Fill } else { Kind::Burst };
+    for i in 0..world.setup.bulk {
+        let name = format!("bulk{i}");
+        let made = world.done(&first, "mkdir", first.volume.mkdir(WHO, ROOT_INO, name.as_bytes(), DIR)).await?;
+        in_bulk.push(Bulk::new(world.clone(), kind, i, made.value.ino));
+    }
     world.done(&first, "sync", first.volume.sync()).await?;
     for index in 1..world.setup.hosts {
         world.start(index, None).await?;
     }
-    let (mut clients, mut mailers) = (JoinSet::new(), JoinSet::new());
+    let (mut clients, mut mailers, mut bulk) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
+    for b in in_bulk {
+        bulk.spawn(b.live());
+    }
     for (i, root) in roots.into_iter().enumerate() {
         clients.spawn(Client::new(world.clone(), i, root).live());
     }
@@ -94,8 +106,12 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     while let Some(client) = clients.join_next().await {
         all.push(client.map_err(|e| world.fail(format!("a client ended: {e}")))?);
     }
+    let mut in_bulk = Vec::new();
+    while let Some(b) = bulk.join_next().await {
+        in_bulk.push(b.map_err(|e| world.fail(format!("a client ended: {e}")))?);
+    }
     while mailers.join_next().await.is_some() {}
-    end(world, &mut rng, all, Left { mail, shared, opened }).await
+    end(world, &mut rng, all, Left { mail, shared, opened, in_bulk }).await
 }
 
 /// What happens while the clients work.
@@ -242,9 +258,10 @@ struct Left {
     mail: Arc<Mail>,
     shared: Arc<Shared>,
     opened: Arc<Opened>,
+    in_bulk: Vec<Bulk>,
 }
 
-async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, left: Left) -> Outcome<()> {
+async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mut left: Left) -> Outcome<()> {
     world.calm_network();
     while world.lost() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -275,12 +292,30 @@ async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, lef
     left.mail.look(world, &host).await?;
     left.shared.check(world, &host).await?;
     left.opened.look(world, &host).await?;
+    for b in &mut left.in_bulk {
+        b.look(&host).await?;
+    }
+    if world.setup.emptied {
+        emptying::remove_all(world, &host).await?;
+    }
     dead_are_buried(world, &host).await?;
     // What the dead left to be freed has been freed.
     world.leave(&host).await?;
-    match fsck(world, "at the end").await?.orphans {
-        0 => Ok(()),
-        n => Err(world.fail(format!("{n} files without a name stay, with nobody there who has them open"))),
+    let report = fsck(world, "at the end").await?;
+    if report.orphans > 0 {
+        let n = report.orphans;
+        return Err(world.fail(format!("{n} files without a name stay, with nobody there who has them open")));
+    }
+    if !world.setup.emptied || emptying::is_back(world, report.blocks_free) {
+        return Ok(());
+    }
+    emptying::live_in_every_slot(world).await?;
+    let free = fsck(world, "when all slots were used again").await?.blocks_free;
+    match emptying::is_back(world, free) {
+        true => Ok(()),
+        false => {
+            Err(world.fail(format!("{free} blocks are free of {}, and there are no files", world.setup.free_blocks())))
+        }
     }
 }
 

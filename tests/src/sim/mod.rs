@@ -12,10 +12,13 @@
 //!
 //! [`world`] has the hosts ([`host`]) and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
 //! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks,
-//! [`opened`] files that are removed while open, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores,
+//! [`opened`] files that are removed while open, [`bulk`] floods of changes and full volumes, [`emptying`] what is left when all is
+//! removed, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores,
 //! [`kept`] keeps those that failed.
 
+mod bulk;
 mod client;
+mod emptying;
 mod fate;
 mod host;
 pub mod kept;
@@ -47,6 +50,8 @@ pub struct Totals {
     pub crashes: u64,
     /// Losses of all nodes at once.
     pub blackouts: u64,
+    /// Times that a client found the volume full.
+    pub full: u64,
     /// Mounts, of which all but the first of each host follow a crash or an unmount.
     pub mounts: u64,
     /// Trees and messages compared with what was allowed after a crash.
@@ -61,6 +66,7 @@ impl Totals {
         self.operations += other.operations;
         self.crashes += other.crashes;
         self.blackouts += other.blackouts;
+        self.full += other.full;
         self.mounts += other.mounts;
         self.verified += other.verified;
         self.digest ^= other.digest;

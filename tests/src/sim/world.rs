@@ -461,6 +461,7 @@ fn errno(e: &FsError) -> Option<&'static str> {
         FsError::NotDir => "ENOTDIR",
         FsError::Invalid => "EINVAL",
         FsError::NotPermitted => "EPERM",
+        FsError::NoSpace => "ENOSPC",
         _ => return None,
     })
 }
