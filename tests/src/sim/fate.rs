@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockdev::sim::{FaultRates, OpKind};
+use blockdev::sim::OpKind;
 use blockdev::{BlockDevice, FencingKind};
 use cluster::{SlotBlock, SlotState};
 use fs_core::ROOT_INO;
@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::bulk::{Bulk, Kind};
 use super::client::{Client, DIR, WHO};
+use super::device;
 use super::emptying;
 use super::locker::{Locked, Locker};
 use super::mail::{Mail, Mailer};
@@ -134,29 +135,22 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
                 }
             }
             45..52 if !live.is_empty() => blackout(world, rng).await?,
-            60..64 => {
-                // Shorter than any lease: everybody gets over it.
-                let stall = Duration::from_millis(rng.random_range(100..3000));
-                world.note(format_args!("the device stalls for {} ms", stall.as_millis()));
-                world.accident();
-                world.disk.stall(stall);
-                tokio::time::sleep(stall).await;
-                world.accident();
-                tokio::time::sleep(Duration::from_secs(2)).await;
-            }
-            64..70 if live.len() > 1 && world.setup.losses => {
+            60..63 => device::stall(world, rng).await,
+            63..66 if !live.is_empty() && world.setup.losses => device::outage(world, rng).await?,
+            66..68 if !live.is_empty() && world.setup.losses => device::deaf(world, rng).await?,
+            68..70 if live.len() > 1 && world.setup.losses => {
                 let wakes = Duration::from_millis(rng.random_range(0..25_000));
                 let dies = Duration::from_millis(rng.random_range(0..5_000));
                 world.lose(&live[rng.random_range(0..live.len())], rng.random_bool(0.5), wakes, dies);
             }
             70..73 if !live.is_empty() => {
                 let host = &live[rng.random_range(0..live.len())];
-                hiccup(world, rng, host).await
+                device::hiccup(world, rng, host).await
             }
-            73..76 => slow(world, rng).await,
+            73..76 => device::slow(world, rng).await,
             76..79 if world.setup.clock_jumps => world.jump_clock(rng),
             79..83 if world.setup.net_faults => world.upset_network(rng),
-            83..88 if world.setup.errors => errors(world, rng).await,
+            83..88 if world.setup.errors => device::errors(world, rng).await,
             52..60 if live.len() > 1 => {
                 let host = live[rng.random_range(0..live.len())].clone();
                 match world.leave(&host).await {
@@ -174,64 +168,6 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
         }
     }
     Ok(())
-}
-
-/// A node hangs for less than its lease: it must get over it, and so must everybody else.
-async fn hiccup(world: &Arc<World>, rng: &mut StdRng, host: &Host) {
-    let time = Duration::from_millis(rng.random_range(100..3000));
-    world.note(format_args!("{} hangs for {} ms", host.name(), time.as_millis()));
-    world.accident();
-    host.dev.hang(true);
-    tokio::time::sleep(time).await;
-    host.dev.hang(false);
-    world.accident();
-    // It renews its lease before the next accident: two in a row may be longer than one lease.
-    tokio::time::sleep(Duration::from_secs(2)).await;
-}
-
-/// The device answers, but takes its time: less than would end a lease.
-async fn slow(world: &Arc<World>, rng: &mut StdRng) {
-    let most = rng.random_range(50_000..400_000);
-    world.note(format_args!("the device takes up to {} ms", most / 1000));
-    world.disk.set_latency(1000..=most);
-    for _ in 0..rng.random_range(1..4) {
-        world.slow_for(Duration::from_secs(1));
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-    let usual = world.setup.latency_us;
-    world.disk.set_latency(usual.0..=usual.1);
-    // What had to wait for hundreds of slow commands.
-    world.accident();
-}
-
-/// Commands fail for a while. What fails at compare-and-writes alone everybody gets over (I9); of the rest a node may die, but it
-/// must say so and take nobody with it.
-async fn errors(world: &Arc<World>, rng: &mut StdRng) {
-    let time = Duration::from_millis(rng.random_range(50..1500));
-    let p = [0.01, 0.05, 0.3][rng.random_range(0..3)];
-    let mut rates = FaultRates::default();
-    match rng.random_range(0..6) {
-        0 => rates.read_error = p,
-        1 => rates.write_error = p,
-        2 => rates.write_unknown = p,
-        3 => rates.flush_error = p,
-        4 => (rates.caw_unknown, rates.caw_miscompare) = (p, p / 3.0),
-        _ => {
-            let at = rng.random_range(0..world.disk.geometry().size >> 16) << 16;
-            world.disk.fail_reads(at..at + (1 << 18));
-            world.disk.fail_writes(at..at + (1 << 17));
-        }
-    }
-    world.note(format_args!("for {} ms {rates:?}", time.as_millis()));
-    let harmless = rates.caw_unknown > 0.0;
-    world.errors(!harmless, true);
-    world.disk.set_rates(rates);
-    world.slow_for(time);
-    tokio::time::sleep(time).await;
-    world.disk.set_rates(FaultRates::default());
-    world.disk.heal();
-    world.errors(!harmless, false);
-    world.accident();
 }
 
 /// All nodes die at once, with or without the device's cache.

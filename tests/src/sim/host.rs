@@ -68,6 +68,11 @@ impl Host {
         self.lost.load(Relaxed) || self.dev.mode() == NodeMode::Crashed
     }
 
+    /// From here on it may fail.
+    pub fn commands_fail(&self) {
+        self.faulty.store(true, Relaxed);
+    }
+
     /// Waits for the end of this life.
     pub(super) async fn ended(&self) {
         let given_up = self.given_up.notified();

@@ -13,11 +13,12 @@
 //! [`world`] has the hosts ([`host`]) and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
 //! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks,
 //! [`opened`] files that are removed while open, [`bulk`] floods of changes and full volumes, [`emptying`] what is left when all is
-//! removed, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores,
+//! removed, [`witness`] what the device sees, [`fate`] the accidents ([`device`] those of the device) and the end, [`soak`] runs seeds on all cores,
 //! [`kept`] keeps those that failed.
 
 mod bulk;
 mod client;
+mod device;
 mod emptying;
 mod fate;
 mod host;

@@ -310,10 +310,7 @@ impl World {
         } else {
             host.dev.hang(true);
         }
-        host.lost.store(true, Relaxed);
-        host.given_up.notify_waiters();
-        self.accident();
-        self.changed.notify_waiters();
+        self.lost_to_all(host);
         let (world, host) = (self.clone(), host.clone());
         tokio::spawn(async move {
             tokio::time::sleep(wakes).await;
@@ -326,6 +323,23 @@ impl World {
             tokio::time::sleep(dies).await;
             host.dev.crash();
         });
+    }
+
+    /// As [`World::lose`] of a node to which something else happens.
+    pub fn given_up(&self, host: &Arc<Host>, dies: Duration) {
+        self.lost_to_all(host);
+        let host = host.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(dies).await;
+            host.dev.crash();
+        });
+    }
+
+    fn lost_to_all(&self, host: &Host) {
+        host.lost.store(true, Relaxed);
+        host.given_up.notify_waiters();
+        self.accident();
+        self.changed.notify_waiters();
     }
 
     /// Unmounts a host; its clients have gone or are going.
