@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use fs_core::{Volume, WriteOptions};
+use fs_core::{Volume, WriteOptions, XattrSet};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -22,7 +22,9 @@ use super::world::{Ack, Host, Outcome, Stop, World};
 const CHUNK: usize = 48_000;
 const MOST_BYTES: usize = 600_000;
 /// Changes under way at once in a burst.
-const AT_ONCE: usize = 24;
+const AT_ONCE: usize = 48;
+/// Bytes of an attribute that each file of a burst gets: they go through the journal at once, contents when they are written back.
+const ATTRIBUTE_BYTES: usize = 3000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -178,7 +180,13 @@ impl Bulk {
     }
 
     fn task(&self, host: &Arc<Host>) -> Task {
-        Task { world: self.world.clone(), host: host.clone(), dir: self.dir, files: self.files.clone() }
+        Task {
+            world: self.world.clone(),
+            host: host.clone(),
+            dir: self.dir,
+            files: self.files.clone(),
+            kind: self.kind,
+        }
     }
 
     fn names(&self) -> Vec<String> {
@@ -214,7 +222,7 @@ impl Bulk {
             let mut tasks = JoinSet::new();
             for _ in 0..AT_ONCE {
                 let task = self.task(host);
-                if names.len() > 60 || !names.is_empty() && self.rng.random_bool(0.3) {
+                if names.len() > 120 || !names.is_empty() && self.rng.random_bool(0.3) {
                     let name = names.swap_remove(self.rng.random_range(0..names.len()));
                     tasks.spawn(async move { task.remove(&name).await.map(|()| true) });
                 } else {
@@ -225,6 +233,9 @@ impl Bulk {
             while let Some(done) = tasks.join_next().await {
                 done.map_err(|e| self.world.fail(format!("a task ended: {e}")))??;
             }
+            let j = host.volume.journal_stats();
+            let (used, times) = (j.used * 100 / j.size.max(1), j.checkpoints);
+            self.world.note(format_args!("{}'s journal is {used} % full, {times} checkpoints so far", host.name()));
         }
         Ok(())
     }
@@ -236,6 +247,7 @@ struct Task {
     host: Arc<Host>,
     dir: u64,
     files: Arc<Mutex<Files>>,
+    kind: Kind,
 }
 
 impl Task {
@@ -265,6 +277,10 @@ impl Task {
             Err(e) => return Err(self.world.fail(format!("{} create of {name}: {e}", self.host.name()))),
         };
         self.with(&name, |f| f.ino = ino);
+        if self.kind == Kind::Burst {
+            let op = v.setxattr(ino, b"user.burst", &[7; ATTRIBUTE_BYTES], XattrSet::Any);
+            self.world.done(&self.host, "setxattr", op).await?;
+        }
         let (all, mut at) = (body(&name, len), 0);
         while at < len {
             let end = len.min(at + CHUNK);

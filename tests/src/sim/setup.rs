@@ -113,7 +113,7 @@ impl Setup {
         };
         match rng.random_range(0..100) {
             0..8 => s.fills_up(&mut rng),
-            8..16 => (s.bulk, s.journal_bytes) = (rng.random_range(1..=2), SMALL_JOURNAL),
+            8..18 => (s.bulk, s.journal_bytes) = (rng.random_range(1..=3), SMALL_JOURNAL),
             _ => {}
         }
         s
