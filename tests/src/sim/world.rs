@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering:
 use blockdev::FencingKind;
 use blockdev::sim::SimDisk;
 use cluster::simnet::{NetRates, SimNet, SimPort};
-use cluster::{ClusterError, HintNet};
+use cluster::{ClusterError, HintNet, SlotBlock, SlotState};
 use fs_core::{Atime, FsError, MountConfig, MountError, NoKernelCache, Volume};
 use parking_lot::Mutex;
 use rand::RngExt;
@@ -387,6 +387,16 @@ impl World {
         Seat { host: host.clone() }
     }
 
+    fn recovery_goes_on(&self) -> bool {
+        let layout = self.setup.layout();
+        (0..layout.nodes).any(|slot| {
+            let at = layout.slots + u64::from(slot) * layout.stride;
+            let block = self.disk.read_raw(at, layout.stride as usize);
+            SlotBlock::decode(&block, layout.volume, slot)
+                .is_ok_and(|b| matches!(b.state, SlotState::Recovering { .. }))
+        })
+    }
+
     // ---- calls -------------------------------------------------------------------------------------------------
 
     /// Runs an operation of a host to its end, unless the host dies; it must end in time.
@@ -414,9 +424,16 @@ impl World {
     ) -> Outcome<T> {
         let started = Instant::now();
         let in_time = async {
+            let mut links = 0;
             loop {
-                let due = self.last_accident().map_or(started, |a| a.max(started)) + patience;
+                let since = self.last_accident().map_or(started, |a| a.max(started));
+                let due = since + patience + links * self.setup.timeouts().heartbeat();
                 if Instant::now() >= due {
+                    // Recoverers that died in turn are recovered one after the other, each a heartbeat later.
+                    if links + 2 < u32::from(self.setup.nodes()) && self.recovery_goes_on() {
+                        links += 1;
+                        continue;
+                    }
                     return;
                 }
                 tokio::time::sleep_until(due).await;
