@@ -1,7 +1,8 @@
 //! clusterfs: what administrators ask of a volume. `top` asks a mount; the others read the device only, mounted or not, and
-//! never write to it.
+//! never write to it, but for `probe --write` to one that carries nothing.
 
 mod info;
+mod probe;
 mod status;
 mod top;
 mod volume;
@@ -38,6 +39,8 @@ enum Command {
         /// Block device, image file or iscsi://[USER@]HOST[:PORT]/TARGET/LUN
         device: PathBuf,
     },
+    /// Tell whether a device will do for a volume: exit status 0 if so
+    Probe(probe::Args),
     /// Show what a mount is doing: busy directories, handovers, requests, device I/O
     Top(top::Args),
 }
@@ -51,14 +54,20 @@ fn main() -> ExitCode {
         Err(e) => return fail(&e.into()),
     };
     let result = runtime.block_on(async {
-        match args.command {
-            Command::Status { json, device } => status::run(&device, json).await,
-            Command::Info { json, device } => info::run(&device, json).await,
-            Command::Top(args) => top::run(&args).map(|()| String::new()),
-        }
+        let text = match args.command {
+            Command::Status { json, device } => status::run(&device, json).await?,
+            Command::Info { json, device } => info::run(&device, json).await?,
+            Command::Probe(args) => return probe::run(&args).await,
+            Command::Top(args) => top::run(&args).map(|()| String::new())?,
+        };
+        Ok((text, true))
     });
     match result {
-        Ok(text) => print(&text),
+        Ok((text, true)) => print(&text),
+        Ok((text, false)) => {
+            print(&text);
+            ExitCode::from(1)
+        }
         Err(e) => fail(&e),
     }
 }

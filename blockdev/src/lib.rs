@@ -104,6 +104,28 @@ pub struct Registrations {
     pub foreign: Vec<u64>,
     /// The type of the reservation in force.
     pub reservation: Option<&'static str>,
+    /// The key that it was made with, if that is not of this filesystem.
+    pub foreign_holder: Option<u64>,
+}
+
+/// What a device says of itself beyond its geometry, for programs that judge it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Abilities {
+    /// Vendor, product, revision.
+    pub product: String,
+    /// Most blocks that it announces to compare and write at once; 0: none.
+    pub announced_compare_and_write: u8,
+    /// It announces compare-and-write and does not refuse the command.
+    pub compare_and_write: bool,
+    /// It knows writes that are durable when they are acknowledged.
+    pub fua: bool,
+    /// It answers questions about persistent reservations.
+    pub reservations: bool,
+    /// Registrations can outlive a power loss of the device.
+    pub persists: bool,
+    pub unmap: bool,
+    /// Largest transfer that it announces, in bytes; 0: it names none.
+    pub max_transfer: u64,
 }
 
 #[derive(Debug, Clone, thiserror::Error)]
@@ -170,6 +192,11 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Who is registered; `None`: the device has no registrations.
     async fn registrations(&self) -> Result<Option<Registrations>> {
         Ok(None)
+    }
+
+    /// What the device itself says that it can do; `None`: what nodes need is done by the host's kernel, not by the device.
+    fn abilities(&self) -> Option<Abilities> {
+        None
     }
 
     /// Tells the device that the range is unused (an image file punches a hole). May do nothing.

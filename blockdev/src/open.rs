@@ -7,6 +7,9 @@ use crate::image::{ImageFile, OpenError, OpenMode};
 use crate::scsi::reservation::TOOL;
 use crate::{BlockDevice, DevError, FenceKey, FencingKind, iscsi};
 
+/// The slot in the keys of programs that are no node.
+pub const TOOL_SLOT: u16 = TOOL;
+
 /// Who opens it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum User {

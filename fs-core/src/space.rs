@@ -6,16 +6,19 @@ use std::time::Duration;
 use blockdev::IoClass;
 use cluster::{LockBlock, LockId, Mode};
 use journal::block;
+use tokio::time::Instant;
 
 use crate::alloc::Purpose;
 use crate::error::{FsError, Result};
 use crate::format::group::GroupHeader;
 use crate::format::item::{Key, Kind};
-use crate::format::layout::{BLOCK, Extent};
+use crate::format::layout::{BLOCK, Extent, FIRST_SLOT_DOMAIN};
 use crate::txn::{Kept, Plan, Txn};
 use crate::types::StatFs;
 use crate::volume::Volume;
 
+/// So often the frees of slots that nobody lives in are looked for while the volume is full.
+const FOR_THE_GONE: Duration = Duration::from_secs(30);
 /// Deferred frees that one operation carries out.
 const FREES_AT_ONCE: usize = 64;
 /// How long a node steps back, per attempt and slot number, when it lost the group that it needs beside a domain.
@@ -42,6 +45,16 @@ struct Candidate {
 impl Volume {
     /// Gets a group with free blocks for an operation that ran out of them.
     pub(crate) async fn find_space(&self, blocks: u64, plan: &Plan) -> Result<Option<Kept>> {
+        match self.search(blocks, plan).await {
+            // By itself nobody comes back for what the gone have deferred. Boxed: its own operations may look for space, too.
+            Err(FsError::NoSpace) if plan.purpose != Purpose::Reclaim && Box::pin(self.free_for_the_gone()).await? => {
+                Ok(None)
+            }
+            found => found,
+        }
+    }
+
+    async fn search(&self, blocks: u64, plan: &Plan) -> Result<Option<Kept>> {
         let _one = self.searching.lock().await;
         if self.enough(blocks, plan.purpose) && plan.space_tries <= 2 {
             return Ok(None);
@@ -202,6 +215,29 @@ impl Volume {
         tokio::time::sleep((step * times).min(MAKE_WAY_MOST)).await;
     }
 
+    /// Carries out the frees of slots that nobody lives in: where who recovered them ended before it could, or was read-only, or what an
+    /// unmount did last deferred more. False: it was done a moment ago.
+    async fn free_for_the_gone(&self) -> Result<bool> {
+        {
+            let mut last = self.freed_for_the_gone.lock();
+            if last.is_some_and(|at| at.elapsed() < FOR_THE_GONE) {
+                return Ok(false);
+            }
+            *last = Some(Instant::now());
+        }
+        for slot in self.node.vacant_slots() {
+            let domain = FIRST_SLOT_DOMAIN + u32::from(slot);
+            if let Err(e) = self.reclaim_slot(domain).await {
+                self.check()?;
+                tracing::warn!(node = %self.node(), slot, "cannot carry out the frees of a slot that nobody lives in: {e}");
+            }
+            self.give_up(LockId::Domain(domain)).await;
+        }
+        // They count once their records are durable.
+        self.commit().await?;
+        Ok(true)
+    }
+
     /// Deferred frees of this slot, also of its earlier incarnations. What cannot be done now is done by a later mount.
     pub(crate) async fn clean_own_slot(&self) {
         if self.read_only {
@@ -215,7 +251,11 @@ impl Volume {
 
 async fn deferred(tx: &mut Txn<'_>, domain: u32, from: u64, limit: usize) -> Result<Vec<Extent>> {
     let keys = (Key::new(0, Kind::DeferredFree, from), Key::new(0, Kind::DeferredFree, u64::MAX));
-    let items = tx.scan(domain, keys.0, keys.1, limit).await?;
+    let items = match tx.scan(domain, keys.0, keys.1, limit).await {
+        // A slot that has never been used has no domain.
+        Err(FsError::Stale) => return Ok(Vec::new()),
+        items => items?,
+    };
     items
         .into_iter()
         .map(|(key, value)| {

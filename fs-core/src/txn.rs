@@ -529,8 +529,9 @@ impl Drop for Txn<'_> {
             let groups = std::mem::take(&mut self.groups);
             let next_local = domain.hold.grant().map(|g| g.value.next_local);
             domain.hold.emptied();
+            let tenure = vol.alloc.lock().tenure_of_domain(domain.id);
             tokio::spawn(async move {
-                vol.give_back_domain(&domain, next_local).await;
+                vol.give_back_domain(&domain, next_local, tenure).await;
                 drop(groups);
             });
         }

@@ -120,6 +120,8 @@ pub struct Volume {
     pub(crate) unnamed: Mutex<BTreeSet<u32>>,
     /// One search for space at a time.
     pub(crate) searching: tokio::sync::Mutex<()>,
+    /// When the frees of slots that nobody lives in were last carried out, for want of space.
+    pub(crate) freed_for_the_gone: Mutex<Option<tokio::time::Instant>>,
     /// One flush for want of memory at a time.
     pub(crate) flushing: tokio::sync::Mutex<()>,
     /// Why the volume can do nothing any more.
@@ -194,6 +196,7 @@ impl Volume {
             waits_for: WaitsFor::default(),
             unnamed: Mutex::new(BTreeSet::new()),
             searching: tokio::sync::Mutex::new(()),
+            freed_for_the_gone: Mutex::new(None),
             flushing: tokio::sync::Mutex::new(()),
             failed: tokio::sync::watch::channel(None).0,
             stop: tokio::sync::watch::channel(false).0,

@@ -178,6 +178,33 @@ mod tests {
         assert!(parse(&["-o", "ro"]).expect("options").flags & libc::MS_RDONLY != 0);
     }
 
+    /// Lines of fstab, and `Options=` of units, as the documents recommend them.
+    #[test]
+    fn what_the_documents_say_is_taken() {
+        let mut seen = (0, 0);
+        for text in [include_str!("../../docs/SAN.md"), include_str!("../../docs/man/mount.clusterfs.8")] {
+            for line in text.lines() {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                let options = match fields[..] {
+                    [device, dir, "clusterfs", options, "0", "0"] => {
+                        assert!(device.starts_with("iscsi://") || device.starts_with("/dev/disk/"), "{line}");
+                        assert!(dir.starts_with('/'), "{line}");
+                        seen.0 += 1;
+                        options
+                    }
+                    [unit] if unit.starts_with("Options=") => {
+                        seen.1 += 1;
+                        &unit["Options=".len()..]
+                    }
+                    _ => continue,
+                };
+                let o = parse(&["-o", options]).expect(line);
+                assert_eq!((o.read_only, o.atime), (false, Atime::Never), "{line}");
+            }
+        }
+        assert_eq!(seen, (4, 2), "lines of fstab and units in the documents");
+    }
+
     #[test]
     fn what_is_wrong_is_refused_and_named() {
         for bad in ["frobnicate", "cache=1", "cache=many", "hints=nowhere", "ro=1", "host="] {

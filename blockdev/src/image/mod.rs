@@ -100,10 +100,8 @@ impl Inner {
         result
     }
 
-    fn read(&self, offset: u64, lens: &[usize]) -> io::Result<Vec<AlignedBuf>> {
-        let mut bufs: Vec<_> = lens.iter().map(|len| AlignedBuf::zeroed(*len)).collect();
-        self.transfer(false, |file| sys::read(file, offset, &mut bufs))?;
-        Ok(bufs)
+    fn read(&self, offset: u64, bufs: &mut [AlignedBuf]) -> io::Result<()> {
+        self.transfer(false, |file| sys::read(file, offset, bufs))
     }
 
     fn write(&self, offset: u64, bufs: &[Arc<AlignedBuf>], fua: bool, permit: &Permit) -> io::Result<()> {
@@ -122,10 +120,11 @@ impl Inner {
         if !sys::lock_within(&self.file, true, offset, len as u64, CAW_TIMEOUT)? {
             return Err(ErrorKind::TimedOut.into());
         }
-        let result = match self.read(offset, &[len]) {
+        let mut found = [AlignedBuf::zeroed(len)];
+        let result = match self.read(offset, &mut found) {
             Err(e) => Err(e),
-            Ok(found) if found[0][..] != *expect => Ok(Ok(Caw::Mismatch(found[0].to_vec()))),
-            Ok(_) => {
+            Ok(()) if found[0][..] != *expect => Ok(Ok(Caw::Mismatch(found[0].to_vec()))),
+            Ok(()) => {
                 Ok(self.write(offset, &[Arc::new(AlignedBuf::copy_of(new))], false, permit).map(|()| Caw::Written))
             }
         };
@@ -283,8 +282,9 @@ impl BlockDevice for ImageFile {
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {
         let total = self.check("read", offset, lens.iter().copied())?;
         self.stats.count_read(class, total);
-        let lens = lens.to_vec();
-        self.blocking("read", offset, total, move |inner| inner.read(offset, &lens)).await
+        // Made here: what a blocking thread allocates and others free stays with that thread, and there are many of them.
+        let mut bufs: Vec<_> = lens.iter().map(|len| AlignedBuf::zeroed(*len)).collect();
+        self.blocking("read", offset, total, move |inner| inner.read(offset, &mut bufs).map(|()| bufs)).await
     }
 
     async fn writev(&self, class: IoClass, offset: u64, bufs: Vec<Arc<AlignedBuf>>, fua: bool) -> Result<()> {

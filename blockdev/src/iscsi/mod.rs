@@ -18,6 +18,7 @@ use std::ffi::CString;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::DevError;
 use crate::image::OpenMode;
 use crate::scsi::disk::ScsiDisk;
 use context::Login;
@@ -108,7 +109,11 @@ fn login(name: &str, settings: &Settings) -> Result<Login, String> {
 pub(crate) async fn open(name: &str, mode: OpenMode, settings: &Settings) -> Result<Arc<ScsiDisk>, String> {
     let login = login(name, settings)?;
     let session = Session::open(login).await.map_err(|e| e.to_string())?;
-    ScsiDisk::open(session, mode).await.map_err(|e| e.to_string())
+    ScsiDisk::open(session, mode).await.map_err(|e| match e {
+        // Of no place on the device: the reason alone is the sentence.
+        DevError::Io { source, len: 0, .. } => source.to_string(),
+        e => e.to_string(),
+    })
 }
 
 #[cfg(test)]

@@ -25,38 +25,21 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::cdb::{self, Cdb, Meaning, Sense};
+use super::identify::Features;
+use super::pieces::{join, split};
 use super::reservation::{self, Owner};
 use super::{Command, Piece, Reply, Transfer, Transport};
-use crate::image::OpenMode;
 use crate::{
-    AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, FencingKind, Geometry, IoClass, Presence,
+    Abilities, AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, Geometry, IoClass, Presence,
     Registrations, Result, WritePermit, range,
 };
 
-/// Largest single transfer in bytes.
-const MAX_TRANSFER: usize = 1 << 20;
 /// How long a device may say that it is busy or becoming ready.
 const BUSY_LIMIT: Duration = Duration::from_secs(20);
 /// Unit attentions in a row: each tells of one thing that happened.
 const MAX_ATTENTIONS: usize = 32;
 /// How often a waiting write looks whether its permit has ended.
 const PERMIT_LOOK: Duration = Duration::from_millis(100);
-
-/// What a device can do, found out when it is opened.
-#[derive(Clone, Debug)]
-pub(crate) struct Features {
-    pub product: String,
-    pub fua: bool,
-    pub compare_and_write: bool,
-    pub reservations: bool,
-    /// Registrations can outlive a power loss of the device.
-    pub persists: bool,
-    pub unmap: bool,
-    /// Bytes.
-    pub max_transfer: usize,
-    /// Blocks.
-    pub max_unmap: u32,
-}
 
 /// How a command ended, after everything that only needs patience.
 pub(crate) enum Answer {
@@ -126,26 +109,14 @@ pub struct ScsiDisk {
     cached: AtomicU64,
     flushed: AtomicU64,
     fenced: AtomicBool,
-    writable: bool,
+    pub(super) writable: bool,
     permit: Mutex<Option<Arc<dyn WritePermit>>>,
     stats: DeviceStats,
 }
 
 impl ScsiDisk {
-    /// Asks the device what it is.
-    pub(crate) async fn open(transport: Arc<dyn Transport>, mode: OpenMode) -> Result<Arc<Self>> {
-        let geometry = Geometry { sector_size: 512, size: 0, write_cache: true, fencing: FencingKind::None };
-        let features = Features {
-            product: String::new(),
-            fua: false,
-            compare_and_write: false,
-            reservations: false,
-            persists: false,
-            unmap: false,
-            max_transfer: MAX_TRANSFER,
-            max_unmap: 0,
-        };
-        let mut disk = Self {
+    pub(super) fn new(transport: Arc<dyn Transport>, features: Features, geometry: Geometry, writable: bool) -> Self {
+        Self {
             transport,
             features,
             geometry,
@@ -156,98 +127,10 @@ impl ScsiDisk {
             cached: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
             fenced: AtomicBool::new(false),
-            writable: mode == OpenMode::ReadWrite,
+            writable,
             permit: Mutex::default(),
             stats: DeviceStats::default(),
-        };
-        disk.identify().await?;
-        Ok(Arc::new(disk))
-    }
-
-    async fn identify(&mut self) -> Result<()> {
-        let what = What::new("identify");
-        if let Err(Refusal::Sense(sense)) = self.ask(what, cdb::test_unit_ready()).await? {
-            return Err(what.sense(sense));
         }
-        let inquiry = self.must(what, cdb::inquiry(None)).await?;
-        if inquiry.first().is_none_or(|b| b & 0x1f != 0) {
-            return Err(
-                what.io(ErrorKind::InvalidInput, "this logical unit is not a disk: check the number of the LUN")
-            );
-        }
-        let capacity = self.must(what, cdb::read_capacity()).await?;
-        let (blocks, sector_size) =
-            cdb::capacity(&capacity).ok_or_else(|| what.io(ErrorKind::InvalidData, "the device tells no size"))?;
-        let size = blocks.checked_mul(u64::from(sector_size)).filter(|_| matches!(sector_size, 512 | 4096));
-        let Some(size) = size else {
-            let why = format!("blocks of {sector_size} bytes are not supported, only of 512 or 4096");
-            return Err(what.io(ErrorKind::Unsupported, why));
-        };
-        let (write_cache, fua) = self.caching(what).await?;
-        let limits = match self.ask(what, cdb::inquiry(Some(0xb0))).await? {
-            Ok(page) => cdb::limits(&page),
-            Err(_) => cdb::Limits::default(),
-        };
-        let most = u64::from(limits.transfer) * u64::from(sector_size);
-        self.geometry = Geometry { sector_size, size, write_cache, fencing: FencingKind::None };
-        self.features = Features {
-            product: cdb::product(&inquiry),
-            fua,
-            compare_and_write: self.knows_compare_and_write(limits).await?,
-            reservations: false,
-            persists: false,
-            unmap: cdb::provisioned(&capacity) && limits.unmap > 0,
-            max_transfer: if most == 0 { MAX_TRANSFER } else { MAX_TRANSFER.min(most as usize) },
-            max_unmap: limits.unmap,
-        };
-        self.identify_reservations().await?;
-        if self.features.reservations {
-            self.geometry.fencing = FencingKind::Reservations;
-        }
-        Ok(())
-    }
-
-    /// Whether there is a volatile write cache, and FUA; the answer on the safe side if the device does not say. On a device in
-    /// use only who is registered may ask.
-    async fn caching(&self, what: What) -> Result<(bool, bool)> {
-        let ask = || self.ask(what, cdb::mode_sense_caching());
-        let page = match ask().await? {
-            Err(Refusal::Conflict) if self.writable => {
-                let key = FenceKey { slot: reservation::TOOL, incarnation: rand::random() };
-                self.register_key(reservation::encode(key)).await?;
-                let page = ask().await;
-                self.unregister_key().await?;
-                page?
-            }
-            page => page,
-        };
-        Ok(page.ok().and_then(|page| cdb::caching(&page)).unwrap_or((true, false)))
-    }
-
-    /// Asks for one of no blocks, which compares and writes nothing. The limits alone are no proof: tgt announces what it
-    /// refuses.
-    async fn knows_compare_and_write(&self, limits: cdb::Limits) -> Result<bool> {
-        const UNKNOWN_COMMAND: u16 = 0x2000;
-        let what = What::new("identify");
-        let make = || (cdb::compare_and_write(0, 0, false), Transfer::Out(Vec::new()));
-        Ok(match self.run(what, false, false, make).await? {
-            Answer::Check(sense) => sense.code != UNKNOWN_COMMAND && limits.compare_and_write > 0,
-            _ => true,
-        })
-    }
-
-    /// Refuses what a node needs and the device does not have.
-    pub(crate) fn check_for_nodes(&self) -> io::Result<()> {
-        if self.features.compare_and_write {
-            return Ok(());
-        }
-        Err(io::Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "the target ({}) does not know COMPARE AND WRITE, without which nodes cannot share it (see docs/SAN.md)",
-                self.features.product
-            ),
-        ))
     }
 
     /// An answer of variable length; the inner error is the device's.
@@ -269,22 +152,15 @@ impl ScsiDisk {
         }
     }
 
-    async fn must(&self, what: What, cdb: Cdb) -> Result<Vec<u8>> {
-        self.ask(what, cdb).await?.map_err(|refusal| match refusal {
-            Refusal::Sense(sense) => what.sense(sense),
-            Refusal::Conflict => self.reserved(what),
-        })
-    }
-
     /// RESERVATION CONFLICT in the terms of the caller.
-    fn reserved(&self, what: What) -> DevError {
+    pub(super) fn reserved(&self, what: What) -> DevError {
         if self.owner.lock().registered.is_some() {
             self.cut_off("the device refuses our commands: another node has fenced this one");
             return DevError::Fenced;
         }
         what.io(
             ErrorKind::PermissionDenied,
-            "the device is reserved for others: nodes that have it mounted, or another program (`clusterfs status` shows who)",
+            "the device is reserved for others: nodes that have it mounted, or another program (`clusterfs probe` shows who)",
         )
     }
 
@@ -467,54 +343,6 @@ impl ScsiDisk {
     }
 }
 
-/// Lengths of the transfers that `lens` are done in, none above `most`, and whether a piece goes on in the next one.
-fn split(lens: &[usize], most: usize) -> Vec<Vec<usize>> {
-    let mut transfers = vec![Vec::new()];
-    let mut room = most;
-    for len in lens {
-        let mut rest = *len;
-        while rest > 0 {
-            if room == 0 {
-                transfers.push(Vec::new());
-                room = most;
-            }
-            let part = rest.min(room);
-            if let Some(last) = transfers.last_mut() {
-                last.push(part);
-            }
-            (rest, room) = (rest - part, room - part);
-        }
-    }
-    transfers
-}
-
-/// Puts parts together to buffers of `lens`; without a copy where a buffer came in one part.
-fn join(lens: &[usize], parts: Vec<AlignedBuf>) -> Vec<AlignedBuf> {
-    let mut parts = parts.into_iter();
-    let mut bufs = Vec::with_capacity(lens.len());
-    for len in lens {
-        if *len == 0 {
-            bufs.push(AlignedBuf::zeroed(0));
-            continue;
-        }
-        let Some(first) = parts.next() else { break };
-        if first.len() == *len {
-            bufs.push(first);
-            continue;
-        }
-        let mut whole = AlignedBuf::zeroed(*len);
-        whole[..first.len()].copy_from_slice(&first);
-        let mut at = first.len();
-        while at < *len {
-            let Some(part) = parts.next() else { break };
-            whole[at..at + part.len()].copy_from_slice(&part);
-            at += part.len();
-        }
-        bufs.push(whole);
-    }
-    bufs
-}
-
 #[async_trait]
 impl BlockDevice for ScsiDisk {
     fn geometry(&self) -> Geometry {
@@ -653,6 +481,10 @@ impl BlockDevice for ScsiDisk {
         self.list_registrations().await
     }
 
+    fn abilities(&self) -> Option<Abilities> {
+        Some(self.features.told(self.geometry.sector_size))
+    }
+
     async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let op = "discard";
         let size = self.geometry.size;
@@ -665,7 +497,7 @@ impl BlockDevice for ScsiDisk {
         }
         let (mut lba, mut rest) = (self.blocks(offset), self.blocks(len));
         while rest > 0 {
-            let blocks = rest.min(u64::from(self.features.max_unmap)) as u32;
+            let blocks = rest.min(u64::from(self.features.limits.unmap)) as u32;
             let (cdb, list) = cdb::unmap(lba, blocks);
             let list = Arc::new(AlignedBuf::copy_of(&list));
             let make = || (cdb, Transfer::Out(vec![Piece::whole(list.clone())]));
@@ -677,21 +509,5 @@ impl BlockDevice for ScsiDisk {
 
     fn stats(&self) -> &DeviceStats {
         &self.stats
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn large_transfers_are_split_and_put_together() {
-        assert_eq!(split(&[512, 512], 1 << 20), vec![vec![512, 512]]);
-        assert_eq!(split(&[1000, 2500], 1500), vec![vec![1000, 500], vec![1500], vec![500]]);
-        let parts: Vec<_> =
-            [1000, 500, 1500, 500].iter().zip(1u8..).map(|(n, b)| AlignedBuf::copy_of(&vec![b; *n])).collect();
-        let bufs = join(&[1000, 2500], parts);
-        assert_eq!((bufs[0].len(), bufs[1].len()), (1000, 2500));
-        assert!(bufs[1][..500].iter().all(|b| *b == 2) && bufs[1][2000..].iter().all(|b| *b == 4));
     }
 }

@@ -1,12 +1,15 @@
 //! SCSI disks: the commands that a volume needs, over any transport that carries them.
 //!
-//! [`disk`] is the [`BlockDevice`](crate::BlockDevice), [`reservation`] its fencing, [`cdb`] builds commands and reads answers.
+//! [`disk`] is the [`BlockDevice`](crate::BlockDevice), [`identify`] finds out what it can do, [`reservation`] is its fencing,
+//! [`pieces`] takes large transfers apart, [`cdb`] builds commands and reads answers.
 //! A [`Transport`] (iSCSI) delivers single commands and knows when the connection under them was lost. It numbers its
 //! connections: a command is sent only on the connection that it was meant for, so that whatever must be checked after a
 //! reconnect (is our registration still there?) is checked before anything else is sent.
 
 pub(crate) mod cdb;
 pub(crate) mod disk;
+mod identify;
+mod pieces;
 pub(crate) mod reservation;
 
 use std::io;

@@ -181,6 +181,15 @@ impl ScsiDisk {
         Ok(())
     }
 
+    /// A device that another owner has reserved, or registered with, is not for us.
+    pub(crate) async fn refuse_reserved(&self) -> Result<()> {
+        if !self.features.reservations {
+            return Ok(());
+        }
+        let what = What::new("open");
+        self.through(what, |connection| Box::pin(self.refuse_foreign(connection, what))).await
+    }
+
     async fn refuse_foreign(&self, connection: u64, what: What) -> Attempt<()> {
         if let Some((key, kind)) = self.reservation(connection).await?
             && kind != WRITE_EXCLUSIVE_ALL_REGISTRANTS
@@ -192,7 +201,7 @@ impl ScsiDisk {
             Some(key) => {
                 let why = format!(
                     "another program has registered with the device (key {key:#x}): it is not for clusterfs, or that program is \
-                     to be stopped and its keys removed (sg_persist --clear)"
+                     to be stopped and its keys removed (sg_persist --clear, see docs/SAN.md)"
                 );
                 Err(what.io(ErrorKind::PermissionDenied, why).into())
             }
@@ -367,7 +376,9 @@ impl ScsiDisk {
                         None => list.foreign.push(key),
                     }
                 }
-                list.reservation = self.reservation(connection).await?.map(|(_, kind)| type_name(kind));
+                let reservation = self.reservation(connection).await?;
+                list.reservation = reservation.map(|(_, kind)| type_name(kind));
+                list.foreign_holder = reservation.map(|(key, _)| key).filter(|key| *key != 0 && decode(*key).is_none());
                 Ok(Some(list))
             })
         })
@@ -381,7 +392,7 @@ fn foreign(what: What, key: u64, kind: u8) -> DevError {
         ErrorKind::PermissionDenied,
         format!(
             "the device is reserved by another program ({}, key {key:#x}): it is not for clusterfs, or that program is to be \
-             stopped and its reservation removed (sg_persist --clear)",
+             stopped and its reservation removed (sg_persist --clear, see docs/SAN.md)",
             type_name(kind)
         ),
     )

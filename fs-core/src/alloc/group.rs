@@ -106,8 +106,37 @@ impl Group {
         })
     }
 
+    /// As read from a group of which nothing is used but the domains `used`.
+    #[cfg(test)]
+    pub fn with_domains(layout: &VolumeLayout, number: u32, tenure: Tenure, used: &[u32]) -> Self {
+        let (extent, range) = (layout.group_extent(number), layout.group_domains(number));
+        let mut domains = Bits::new(u64::from(range.end - range.start));
+        used.iter().for_each(|d| domains.set(u64::from(d - range.start), true));
+        let header =
+            GroupHeader { free_blocks: extent.len, free_domains: domains.count_clear() as u32, written_bitmaps: 0 };
+        let block = Arc::new(Block::zeroed(BLOCK_SIZE));
+        Self {
+            number,
+            volume: layout.volume,
+            hold: Hold::new(LockId::Group(number)),
+            tenure,
+            header,
+            header_image: Image { number: layout.group_header(number), block, on_disk: true, before: None },
+            bitmaps: BTreeMap::new(),
+            first_bitmap: layout.group_bitmap(number, 0),
+            busy: Bits::new(extent.len),
+            free: extent.len,
+            cursor: 0,
+            domains,
+        }
+    }
+
     pub fn hold(&self) -> &Arc<Hold> {
         &self.hold
+    }
+
+    pub fn tenure(&self) -> Tenure {
+        self.tenure
     }
 
     /// Blocks that can be taken now.
@@ -140,6 +169,11 @@ impl Group {
 
     pub fn has_free_domain(&self) -> bool {
         self.domains.next_clear(0).is_some()
+    }
+
+    #[cfg(test)]
+    pub fn is_free_domain(&self, d: u32) -> bool {
+        !self.domains.get(d.into())
     }
 
     pub fn take_domain(&mut self) -> Option<u32> {

@@ -12,7 +12,7 @@ mod group;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use cluster::{LockId, Mode};
+use cluster::{LockId, Mode, Tenure};
 use journal::{Change, RecordNo};
 use parking_lot::{Mutex, MutexGuard};
 
@@ -305,9 +305,17 @@ impl Inner {
         self.pending.extend(c.freed.iter().map(|e| (record, *e)));
     }
 
-    /// A freed domain's lock block has been given up: the number may be used again.
-    pub fn domain_reusable(&mut self, domain: u32) {
-        self.set_domain_busy(domain, false);
+    /// Under which tenure this node holds the group that a domain's number is of.
+    pub fn tenure_of_domain(&self, domain: u32) -> Option<Tenure> {
+        self.groups.get(&self.layout.group_of_domain(domain)).map(Group::tenure)
+    }
+
+    /// The lock block of a domain that was freed under `tenure` of its group has been given up: the number may be used again. A group
+    /// that came back since says itself which numbers are free: another node may have taken this one.
+    pub fn domain_reusable(&mut self, domain: u32, tenure: Option<Tenure>) {
+        if tenure.is_some() && self.tenure_of_domain(domain) == tenure {
+            self.set_domain_busy(domain, false);
+        }
     }
 }
 
@@ -323,5 +331,53 @@ impl TryEnterHeld for Arc<Hold> {
         } else {
             Entry::Wait
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> VolumeLayout {
+        VolumeLayout {
+            volume: 7,
+            blocks: 4096,
+            nodes: 2,
+            groups: 1,
+            domains: 64,
+            group_blocks: 2048,
+            bitmap_blocks: 1,
+            journal_blocks: 256,
+            sector_size: 512,
+            plain_locks: false,
+            cluster_start: 1,
+            locks_start: 16,
+            journals_start: 64,
+            group_table_start: 1000,
+            groups_start: 1024,
+        }
+    }
+
+    fn busy(a: &Allocator, domain: u32) -> bool {
+        let i = a.lock();
+        !i.groups[&0].is_free_domain(domain - i.layout.group_domains(0).start)
+    }
+
+    #[test]
+    fn a_freed_domain_number_is_not_taken_from_who_used_it_meanwhile() {
+        let layout = layout();
+        let a = Allocator::new(layout);
+        let domain = layout.group_domains(0).start + 20;
+        a.add(0, Group::with_domains(&layout, 0, 5, &[domain]));
+        let freed_under = a.lock().tenure_of_domain(domain);
+        // The group goes to another node, which makes a directory of that number, and comes back.
+        a.remove(0);
+        a.lock().domain_reusable(domain, freed_under);
+        a.add(0, Group::with_domains(&layout, 0, 9, &[domain]));
+        a.lock().domain_reusable(domain, freed_under);
+        assert!(busy(&a, domain), "the number means the other node's directory");
+        let freed_under = a.lock().tenure_of_domain(domain);
+        a.lock().domain_reusable(domain, freed_under);
+        assert!(!busy(&a, domain));
     }
 }

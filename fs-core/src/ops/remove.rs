@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cluster::{LockId, LockValue, Mode, Release};
+use cluster::{LockId, LockValue, Mode, Release, Tenure};
 
 use super::entry::{check_name, later};
 use crate::alloc::Purpose;
@@ -60,8 +60,9 @@ impl Volume {
         }
     }
 
-    /// The lock block of a domain that is not used any more; its number can be taken again afterwards.
-    pub(crate) async fn give_back_domain(&self, domain: &Arc<Domain>, next_local: Option<u64>) {
+    /// The lock block of a domain that is not used any more; its number can be taken again afterwards. It was freed under `tenure` of
+    /// its group.
+    pub(crate) async fn give_back_domain(&self, domain: &Arc<Domain>, next_local: Option<u64>, tenure: Option<Tenure>) {
         let _turn = domain.hold.turn.lock().await;
         domain.hold.begin_giving_up();
         domain.hold.serve_uncached().await;
@@ -86,7 +87,7 @@ impl Volume {
         domain.locks.forget();
         domain.hold.lowered(None);
         while domain.hold.next_target().is_some() {}
-        self.alloc.lock().domain_reusable(domain.id);
+        self.alloc.lock().domain_reusable(domain.id, tenure);
     }
 }
 
@@ -291,7 +292,8 @@ impl Txn<'_> {
         self.on_install(move || {
             domain.hold.emptied();
             let Some(vol) = vol.upgrade() else { return };
-            tokio::spawn(async move { vol.give_back_domain(&domain, Some(header.next_local)).await });
+            let tenure = vol.alloc.lock().tenure_of_domain(id);
+            tokio::spawn(async move { vol.give_back_domain(&domain, Some(header.next_local), tenure).await });
         });
         Ok(())
     }

@@ -45,6 +45,11 @@ pub async fn mount_on(device: Arc<SimNode>, name: &str) -> Arc<Volume> {
     Volume::mount(config(device, name)).await.expect("mount")
 }
 
+pub async fn mount_read_only(disk: &Arc<SimDisk>, name: &str) -> Arc<Volume> {
+    let cfg = MountConfig { read_only: true, ..config(disk.open(name), name) };
+    Volume::mount(cfg).await.expect("mount")
+}
+
 /// For volumes that may be damaged.
 pub async fn try_mount(disk: &Arc<SimDisk>, name: &str) -> Result<Arc<Volume>, MountError> {
     Volume::mount(config(disk.open(name), name)).await

@@ -6,6 +6,8 @@
 //! | registrations | per session, forgotten when it ends | per initiator port; removing one damages those made after it |
 //! | PREEMPT AND ABORT | no | yes |
 
+pub mod stranger;
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -31,6 +33,8 @@ pub const SHIM: &str = include_str!("tgt_compare_and_write.c");
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Tgt,
+    /// ... with many I/O threads: its compare-and-writes are not atomic then.
+    ThreadedTgt,
     /// As Debian ships it: without COMPARE AND WRITE.
     PlainTgt,
     /// With authentication: `None`, `CHAP` or `CHAP Mutual`.
@@ -79,7 +83,7 @@ impl Target {
         File::create(dir.path().join("lun"))?.set_len(bytes)?;
         let mut target = Self { dir, shape, control: free_port()?, child: None };
         match target.shape.kind {
-            Kind::Tgt => target.build_shim()?,
+            Kind::Tgt | Kind::ThreadedTgt => target.build_shim()?,
             Kind::PlainTgt => {}
             Kind::Istgt(auth) => {
                 fs::write(target.path("conf"), target.configuration(auth))?;
@@ -171,9 +175,10 @@ impl Target {
             }
             kind => {
                 let mut c = Command::new("tgtd");
-                c.args(["-f", "-t", "1", "--iscsi", &format!("portal={}", self.shape.at)]);
+                let threads = if kind == Kind::ThreadedTgt { "16" } else { "1" };
+                c.args(["-f", "-t", threads, "--iscsi", &format!("portal={}", self.shape.at)]);
                 c.env(CONTROL, self.path("control"));
-                if kind == Kind::Tgt {
+                if kind != Kind::PlainTgt {
                     c.env("LD_PRELOAD", self.path("shim.so"));
                 }
                 c
