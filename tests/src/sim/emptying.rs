@@ -1,17 +1,18 @@
 //! What is left of the space when all has been removed: as much as there was at the beginning, but for what trees keep for themselves.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use fs_core::ROOT_INO;
+use fs_core::{FsError, ROOT_INO, WriteOptions};
 
-use super::client::list;
+use super::client::{FILE, WHO, list};
 use super::world::{Host, Outcome, World};
 
 /// Blocks that the domain of a slot may keep, if it was used: its header, a root, what is set aside for more.
 const PER_SLOT: u64 = 20;
 /// ... and the root directory's.
 const ROOT: u64 = 20;
+/// Bytes that are written at once to fill a volume.
+const PIECE: usize = 1 << 20;
 
 /// Removes all that there is, on one node. On a full volume too this must work.
 pub async fn remove_all(world: &World, host: &Host) -> Outcome<()> {
@@ -48,19 +49,25 @@ pub fn is_back(world: &World, free: u64) -> bool {
     free + slack >= before
 }
 
-/// Blocks freed into groups of other nodes may wait in the domain of a slot until somebody lives there again: each slot gets an owner,
-/// one beside the other, who carries out what waits there.
-pub async fn live_in_every_slot(world: &Arc<World>) -> Outcome<()> {
-    let mut hosts = Vec::new();
-    for index in 0..world.setup.hosts {
-        let Some(host) = world.start(index, None).await? else {
-            return Err(world.fail("a node died that nobody killed".into()));
-        };
-        hosts.push(host);
+/// Blocks freed into groups of other nodes may wait in the domain of a slot that nobody lives in any more. Who finds the volume full
+/// carries out what waits there.
+pub async fn fill(world: &Arc<World>) -> Outcome<()> {
+    let Some(host) = world.start(0, None).await? else {
+        return Err(world.fail("a node died that nobody killed".into()));
+    };
+    let v = &host.volume;
+    let what = "a file that takes all there is";
+    let file = world.done(&host, what, v.mknod(WHO, ROOT_INO, b"filler", FILE, true)).await?.value.ino;
+    let piece = vec![7; PIECE];
+    for at in (0..).step_by(PIECE) {
+        match v.write(file, at, &piece, WriteOptions::default()).await {
+            Ok(_) => {}
+            Err(FsError::NoSpace) => break,
+            Err(e) => return Err(world.fail(format!("{what}: {e}"))),
+        }
     }
-    tokio::time::sleep(Duration::from_secs(40)).await;
-    for host in hosts {
-        world.leave(&host).await?;
-    }
-    Ok(())
+    world.done(&host, what, v.fsync(file, false)).await?;
+    v.release(file).await;
+    world.done(&host, what, v.unlink(ROOT_INO, b"filler")).await?;
+    world.leave(&host).await
 }
