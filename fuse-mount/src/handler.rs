@@ -72,6 +72,9 @@ impl Handler for Server {
     fn request(&self, request: Request, reply: Reply) {
         self.counters.count(&request.op);
         let Some(reply) = self.known.helper.answer(&request, reply) else { return };
+        if report::pid_is_asked(&request) {
+            return report::tell_pid(&request, reply);
+        }
         let (membership, known, reporter) = (self.membership.clone(), self.known.clone(), self.reporter.clone());
         let (since, manner, thread) = (Instant::now(), manner(&request.op), request.pid);
         let (interrupt, interrupts) = (Interrupt::default(), reply.interrupt_handle());

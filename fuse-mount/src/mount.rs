@@ -23,6 +23,8 @@ use crate::options::{Hints, Options};
 use crate::report::Reporter;
 use crate::wake::Waker;
 
+/// The process's name once the mount is gone and the node leaves the volume: `ps` shows it, and who unmounts waits for it.
+pub const LEAVING: &str = "clusterfs-leave";
 /// Threads that read requests. They only hand them on.
 const READERS: usize = 2;
 
@@ -105,6 +107,9 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
         Waker::start(known, &dir).inspect_err(|e| tracing::warn!("inotify tells of no other node's changes: {e}"));
     ready();
     let served = serving.join().map_err(|_| std::io::Error::other("the thread that serves the kernel panicked"))?;
+    if let Err(e) = std::fs::write("/proc/self/comm", LEAVING) {
+        tracing::debug!("nobody will see that this node leaves: {e}");
+    }
     keeping.abort();
     drop(waker);
     let left = runtime.block_on(async {

@@ -1,4 +1,5 @@
-//! What this node is doing, as an extended attribute of the mount's root that only root may read: `clusterfs top` asks for it.
+//! What this node is doing, as an extended attribute of the mount's root that only root may read: `clusterfs top` asks for it. Another
+//! one tells the daemon's process number to who unmounts and wants to wait for its end.
 //!
 //! Counters run since the mount, except those of domains, which cover the time since the previous report: of many thousand
 //! directories only the busiest are told, and which those are changes.
@@ -22,6 +23,8 @@ pub const RESERVED: &[u8] = b"trusted.clusterfs.";
 /// The name of the report, JSON of a [`Report`] of at most [`REPORT_MAX`] bytes.
 pub const REPORT_XATTR: &str = "trusted.clusterfs.report";
 pub const REPORT_MAX: usize = 64 << 10;
+/// The name of the process number, in decimal digits.
+pub const PID_XATTR: &str = "trusted.clusterfs.pid";
 /// Domains in a report, the busiest first.
 const DOMAINS: usize = 20;
 /// Bytes of a path in a report; a longer one loses its beginning.
@@ -114,8 +117,25 @@ struct Period {
 
 /// Whether a request is for the report.
 pub fn is_asked(request: &Request) -> bool {
+    asks_for(request, REPORT_XATTR)
+}
+
+/// Whether a request is for the process number. It is answered whether this is a node at the moment or not.
+pub fn pid_is_asked(request: &Request) -> bool {
+    asks_for(request, PID_XATTR)
+}
+
+fn asks_for(request: &Request, attribute: &str) -> bool {
     to_ino(request.nodeid) == ROOT_INO
-        && matches!(&request.op, Op::Getxattr { name, .. } if name == REPORT_XATTR.as_bytes())
+        && matches!(&request.op, Op::Getxattr { name, .. } if name == attribute.as_bytes())
+}
+
+/// Answers a request that [`pid_is_asked`] is true for.
+pub fn tell_pid(request: &Request, reply: Reply) {
+    match request.op {
+        Op::Getxattr { size, .. } => reply.xattr(size, std::process::id().to_string().as_bytes()),
+        _ => reply.err(libc::ENODATA),
+    };
 }
 
 impl Reporter {
