@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blockdev::ClassStats;
 use cluster::Mode;
 use fs_core::activity::Usage;
 use fs_core::{ROOT_INO, Volume};
@@ -48,7 +49,8 @@ pub struct Report {
     pub requests: BTreeMap<String, u64>,
     pub locks: Locks,
     pub journal: Journal,
-    pub device_io: DeviceIo,
+    /// Without the idle cost of membership.
+    pub device_io: ClassStats,
     /// What [`Domain`] counts cover.
     pub period_ms: u64,
     pub domains: Vec<Domain>,
@@ -74,17 +76,6 @@ pub struct Journal {
     pub record_bytes: u64,
     pub blocks_placed: u64,
     pub checkpoints: u64,
-}
-
-/// Without the idle cost of membership.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct DeviceIo {
-    pub reads: u64,
-    pub writes: u64,
-    pub flushes: u64,
-    pub compare_and_writes: u64,
-    pub bytes_read: u64,
-    pub bytes_written: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -168,7 +159,7 @@ impl Reporter {
     }
 
     async fn report(&self, volume: &Volume) -> Report {
-        let (locks, journal, io) = (volume.lock_stats(), volume.journal_stats(), volume.device_stats().work());
+        let (locks, journal) = (volume.lock_stats(), volume.journal_stats());
         let (period, mut domains) = self.busiest(volume);
         // What was not found by then is told without its path.
         let _ = tokio::time::timeout(PATH_PATIENCE, self.find_paths(volume, &mut domains)).await;
@@ -195,14 +186,7 @@ impl Reporter {
                 blocks_placed: journal.blocks_placed,
                 checkpoints: journal.checkpoints,
             },
-            device_io: DeviceIo {
-                reads: io.reads,
-                writes: io.writes,
-                flushes: io.flushes,
-                compare_and_writes: io.compare_and_writes,
-                bytes_read: io.bytes_read,
-                bytes_written: io.bytes_written,
-            },
+            device_io: volume.device_stats().work(),
             period_ms: millis(period),
             domains,
         }

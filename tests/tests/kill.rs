@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clusterfs_tests::cluster::Cluster;
-use clusterfs_tests::load::{assert_once, make_boxes};
+use clusterfs_tests::load::{assert_once, make_boxes, noise};
 use clusterfs_tests::mail::{
     Mailer, MboxLock, Message, MoveBy, append_mbox, deliver_maildir_by, mark_seen, read_maildir, read_torn_mbox,
 };
@@ -121,18 +121,6 @@ impl Acknowledged {
             assert!(more <= ids.len() + 1, "node {node}: {}: too much", path.display());
         }
     }
-}
-
-/// How late this machine wakes a thread that sleeps: what a stall may be longer for no fault of ours.
-fn noise(stop: &AtomicBool) -> Duration {
-    const NAP: Duration = Duration::from_millis(5);
-    let mut worst = Duration::ZERO;
-    while !stop.load(Ordering::Relaxed) {
-        let started = Instant::now();
-        std::thread::sleep(NAP);
-        worst = worst.max(started.elapsed() - NAP);
-    }
-    worst
 }
 
 fn start() -> Cluster {
