@@ -86,6 +86,7 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
         reporter: Arc::new(Reporter::new(device, counters.clone())),
         runtime: on,
         io_uring: options.io_uring,
+        dirsync: options.flags & (libc::MS_DIRSYNC | libc::MS_SYNCHRONOUS) != 0,
         ready: ready_to,
     };
     let serving = {
@@ -137,7 +138,11 @@ async fn open_volume(device: &str, options: &Options, known: Arc<KnownInodes>) -
         cache_bytes: options.cache_bytes,
         dirty_bytes: options.dirty_bytes,
     };
-    Ok(Volume::mount(cfg).await?)
+    let volume = Volume::mount(cfg).await?;
+    if options.discard {
+        volume.discard_freed_blocks();
+    }
+    Ok(volume)
 }
 
 async fn open_device(device: &str, options: &Options) -> Result<Arc<dyn BlockDevice>, Error> {
