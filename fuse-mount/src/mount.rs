@@ -94,7 +94,7 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
         std::thread::Builder::new().name("fuse".into()).spawn(move || session.run(Arc::new(server), READERS))?
     };
     runtime.spawn(unmount_on_signal(session.clone()));
-    runtime.spawn(tell_on_signal(counters));
+    runtime.spawn(tell_on_signal(counters, membership.clone()));
     let keeping = {
         let (device, options, known) = (device.to_string(), options.clone(), known.clone());
         runtime.spawn(membership.clone().keep(move || {
@@ -207,11 +207,13 @@ fn random_seed() -> std::io::Result<u64> {
     if n == seed.len() as isize { Ok(u64::from_ne_bytes(seed)) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// SIGUSR1 asks for the counters. Asked for, they come whatever the log's level is by default.
-async fn tell_on_signal(counters: Arc<Counters>) {
+/// SIGUSR1 asks for the counters, and for what is going on with which lock. Asked for, they come whatever the log's level is by default.
+async fn tell_on_signal(counters: Arc<Counters>, membership: Arc<Membership>) {
     let Ok(mut asked) = signal(SignalKind::user_defined1()) else { return };
     while asked.recv().await.is_some() {
         tracing::warn!("requests of the kernel so far: {counters}");
+        let busy = membership.volume().map(|v| v.busy_locks());
+        busy.into_iter().flatten().for_each(|lock| tracing::warn!("{lock}"));
     }
 }
 
