@@ -336,6 +336,16 @@ impl Node {
         self.shared.table.lock().crashed_before(self.id())
     }
 
+    /// What this node knows of a lock block, in words.
+    pub fn told_of(&self, id: LockId) -> String {
+        self.shared.with_local(id, |l| {
+            let held = l.held.as_ref().map(|h| (h.grant.mode, h.grant.tenure, h.demanded.map(|(mode, _)| mode)));
+            let entries = l.block.as_ref().map(|b| &b.entries);
+            let outdated = if l.stale { ", outdated" } else { "" };
+            format!("holds (mode, tenure, demanded) {held:?}, waits for {:?}, entries{outdated} {entries:?}", l.waiting)
+        })
+    }
+
     /// The lock block as it is on disk now.
     pub async fn read_lock(&self, id: LockId) -> Result<LockBlock> {
         self.shared.read_block(id).await

@@ -280,6 +280,7 @@ impl Volume {
         self.flush_everything().await?;
         self.clean_own_slot().await;
         self.flush_everything().await?;
+        self.discard().await?;
         self.journal.close().await?;
         Ok(())
     }

@@ -67,6 +67,15 @@ impl Registry {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Each node logs what is going on.
+    fn ask_all(&self) {
+        for r in self.lock().iter() {
+            // SAFETY: a child that has not been waited for, so the number is still its own.
+            unsafe { libc::kill(r.child.id() as libc::pid_t, libc::SIGUSR1) };
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+
     fn end_all(&self) {
         for mut r in self.lock().drain(..) {
             if let Err(e) = r.end() {
@@ -419,7 +428,10 @@ fn keep(requests: &Receiver<Start>, running: &Registry, limit: Duration) {
             Ok(Start { mut command, started }) => drop(started.send(command.spawn())),
             Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {
-                eprintln!("nothing has happened for too long: all nodes are killed");
+                eprintln!(
+                    "nothing has happened for too long: all nodes are killed, after they have logged what they wait for"
+                );
+                running.ask_all();
                 return running.end_all();
             }
         }

@@ -63,6 +63,8 @@ pub struct Setup {
     pub size: u64,
     /// Clients that write in bulk: until the volume is full where it is small, else until the journal is.
     pub bulk: usize,
+    /// Freed blocks are discarded.
+    pub discard: bool,
     /// At the end everything is removed, and the free space compared with that of the beginning.
     pub emptied: bool,
 }
@@ -109,6 +111,7 @@ impl Setup {
             openers: if rng.random_bool(0.5) { rng.random_range(1..=hosts.min(4)) } else { 0 },
             size: SIZE,
             bulk: 0,
+            discard: seed.is_multiple_of(3),
             emptied: rng.random_bool(0.4),
         };
         match rng.random_range(0..100) {

@@ -256,6 +256,9 @@ impl World {
             return Ok(None);
         }
         let volume = mounted.map_err(|e| self.fail(format!("{name} cannot mount: {e}")))?;
+        if self.setup.discard {
+            volume.discard_freed_blocks();
+        }
         self.totals.lock().mounts += 1;
         self.note(format_args!("{name} is {}", volume.node()));
         let host = Arc::new(Host {
