@@ -58,12 +58,15 @@ impl Volume {
         });
     }
 
+    async fn write_back(&self) -> Result<()> {
+        self.flush_everything().await?;
+        self.journal.checkpoint().await.map_err(|e| self.journal_failed(e))?;
+        self.show_free_space().await
+    }
+
     async fn run(&self, job: Job) {
         let result = match job {
-            Job::WriteBack => match self.flush_everything().await {
-                Ok(()) => self.journal.checkpoint().await.map_err(|e| self.journal_failed(e)),
-                e => e,
-            },
+            Job::WriteBack => self.write_back().await,
             Job::Deferred => {
                 self.free_unnamed_at_hand().await;
                 self.reclaim_slot(self.own_domain()).await

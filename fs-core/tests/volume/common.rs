@@ -1,5 +1,4 @@
 //! A simulated device with a volume on it, and mounts of it.
-#![allow(dead_code)]
 
 use std::sync::Arc;
 

@@ -1,12 +1,10 @@
 //! Files without a name that some node has open: they stay usable, and their space comes back once nobody has them open,
 //! whoever dies in between.
 
-mod common;
-
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{WHO, check_clean, config, dir, disk, file, mount, mount_on};
+use crate::common::{WHO, check_clean, config, dir, disk, file, mount, mount_on};
 use fs_core::{FsError, MountConfig, ROOT_INO, Volume, WriteOptions};
 
 const SIZE: usize = 1 << 20;
