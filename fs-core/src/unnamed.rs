@@ -58,6 +58,8 @@ impl Volume {
         if self.read_only || held.is_empty() && self.unnamed.lock().is_empty() {
             return;
         }
+        // An unmount that has begun gives everything up anyway.
+        let Ok(unmount_waits) = self.closing.clone().try_read_owned() else { return };
         if let Some(volume) = self.me.upgrade() {
             tokio::spawn(async move {
                 for d in held {
@@ -66,6 +68,7 @@ impl Volume {
                 if !volume.unnamed.lock().is_empty() {
                     volume.free_unnamed_noted_by(volume.own_domain()).await;
                 }
+                drop(unmount_waits);
             });
         }
     }
