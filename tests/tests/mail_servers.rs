@@ -19,7 +19,10 @@ use clusterfs_tests::sys::chown;
 
 const NODES: usize = 2;
 const TRAFFIC: Duration = Duration::from_secs(5);
+/// Dovecot's settings for one kind of locks on everything; `fcntl` is its default for indexes.
 const DOTLOCKS: &str = "lock_method = dotlock\nmbox_read_locks = dotlock\nmbox_write_locks = dotlock";
+const FCNTL: &str = "lock_method = fcntl\nmbox_read_locks = fcntl\nmbox_write_locks = fcntl";
+const FLOCK: &str = "lock_method = flock\nmbox_read_locks = flock\nmbox_write_locks = flock";
 
 /// All kinds of clients of one node, until told to stop: the first error of each.
 fn traffic(site: &Site, ledger: &Ledger, node: usize, seed: u64, stop: &AtomicBool) -> Vec<Outcome> {
@@ -53,16 +56,42 @@ fn both_nodes_serve_all(settings: Settings) {
     site.finish();
 }
 
+fn maildirs(dovecot: &'static str) {
+    both_nodes_serve_all(Settings { store: Store::Maildir, queue: Queue::Volume, dovecot, postfix: "" });
+}
+
+fn mboxes(dovecot: &'static str, postfix: &'static str) {
+    both_nodes_serve_all(Settings { store: Store::Mbox, queue: Queue::Local, dovecot, postfix });
+}
+
 #[test]
-fn maildirs() {
-    let (store, queue) = (Store::Maildir, Queue::Volume);
-    both_nodes_serve_all(Settings { store, queue, dovecot: DOTLOCKS, postfix: "" });
+fn maildirs_with_dotlocks() {
+    maildirs(DOTLOCKS);
+}
+
+#[test]
+fn maildirs_with_fcntl() {
+    maildirs(FCNTL);
+}
+
+#[test]
+fn maildirs_with_flock() {
+    maildirs(FLOCK);
 }
 
 #[test]
 fn mboxes_with_dotlocks() {
-    let postfix = "virtual_mailbox_lock = dotlock\nmailbox_delivery_lock = dotlock";
-    both_nodes_serve_all(Settings { store: Store::Mbox, queue: Queue::Local, dovecot: DOTLOCKS, postfix });
+    mboxes(DOTLOCKS, "virtual_mailbox_lock = dotlock\nmailbox_delivery_lock = dotlock");
+}
+
+#[test]
+fn mboxes_with_fcntl() {
+    mboxes(FCNTL, "virtual_mailbox_lock = fcntl\nmailbox_delivery_lock = fcntl");
+}
+
+#[test]
+fn mboxes_with_flock() {
+    mboxes(FLOCK, "virtual_mailbox_lock = flock\nmailbox_delivery_lock = flock");
 }
 
 /// The mount of node 1 is killed under its servers, which go down with it; node 0 serves on. Node 1 comes back.
@@ -70,7 +99,7 @@ fn mboxes_with_dotlocks() {
 fn a_node_dies_and_comes_back() {
     // Without it local(8) and virtual(8) return messages to their senders when the mailbox gives an I/O error.
     let postfix = "soft_bounce = yes";
-    let settings = Settings { store: Store::Maildir, queue: Queue::Local, dovecot: DOTLOCKS, postfix };
+    let settings = Settings { store: Store::Maildir, queue: Queue::Local, dovecot: "", postfix };
     let site = Site::start(NODES, settings);
     let ledger = Ledger::default();
     ledger.make_folders(&site).unwrap();

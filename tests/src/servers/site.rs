@@ -15,8 +15,9 @@ use super::postfix::Postfix;
 use super::smtp::Smtp;
 use crate::cluster::{Cluster, Result};
 
-/// Until a queue is empty: deferred messages are tried again every second or two.
-const DRAIN: Duration = Duration::from_secs(60);
+/// Until a queue is empty: deferred messages are tried again every second or two, but a lock file that a dead process left may stand
+/// in their way for two minutes.
+const DRAIN: Duration = Duration::from_secs(180);
 
 /// Where a node's Postfix keeps its queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
