@@ -307,11 +307,12 @@ impl Job {
 
     /// The name meant a file that has grown, and does so or means another by now.
     async fn look_up_grown(&self, parent: u64, name: &[u8], ino: u64) -> Result<Leased<Option<Attr>>> {
-        let learned = self.attr_in_step(ino).await;
+        // No lease is kept over the next call: it would wait for a revocation that waits for this lease.
+        let learned = self.attr_in_step(ino).await.map(|held| held.value);
         let again = self.volume.lookup(parent, name).await?;
         let grows = again.value.as_ref().is_some_and(|a| a.ino == ino && self.must_learn(a));
         Ok(match learned {
-            Ok(learned) if grows => Leased::past(Some(learned.value)),
+            Ok(learned) if grows => Leased::past(Some(learned)),
             _ => again,
         })
     }
