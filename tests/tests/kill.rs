@@ -368,12 +368,15 @@ fn open_files_without_a_name_outlive_either_node() {
         assert_eq!(fs::read(c.mount_point(survivor).join("replaced")).unwrap(), b"new");
         comes_to(empty - 2 * file);
         drop(open);
-        ["replaced", "cut"].map(|n| fs::remove_file(c.mount_point(survivor).join(n)).unwrap());
+        for name in ["replaced", "cut"] {
+            fs::remove_file(c.mount_point(survivor).join(name)).unwrap();
+        }
         // Frees into groups that it does not have wait up to 30 s, but not beyond its end.
         c.unmount(survivor).unwrap();
         let took = comes_to(empty);
         println!("node {victim} killed: the space was back {took:.1?} after the other had left");
-        [victim, survivor].map(|n| c.mount(n).unwrap());
+        c.mount(victim).unwrap();
+        c.mount(survivor).unwrap();
     }
     c.finish();
 }
