@@ -143,9 +143,8 @@ impl Shared {
         let nonce = self.nonce();
         let result = step(block, self.me, event, &self.table.lock(), nonce);
         result.map_err(|Superseded| {
-            // Unless it was given up in order while this was under way.
             self.lapse("another node took over this slot");
-            self.may_release().err().unwrap_or(ClusterError::Lapsed)
+            self.ended()
         })
     }
 

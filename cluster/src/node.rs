@@ -106,6 +106,14 @@ impl Shared {
         }
     }
 
+    /// Why the node is no member any more: it may have left in order while something was under way.
+    pub fn ended(&self) -> ClusterError {
+        match *self.state.borrow() {
+            State::Left => ClusterError::Leaving,
+            _ => ClusterError::Lapsed,
+        }
+    }
+
     /// Waits until the node is no longer live and tells why.
     pub async fn not_live(&self) -> ClusterError {
         match self.state.wait_for(|s| *s != State::Live).await {
@@ -138,7 +146,7 @@ impl Shared {
     pub fn device_error(&self, e: DevError) -> ClusterError {
         if matches!(e, DevError::Fenced) {
             self.lapse("the device refuses our writes");
-            return ClusterError::Lapsed;
+            return self.ended();
         }
         e.into()
     }
