@@ -101,6 +101,15 @@ fn mboxes_with_flock() {
     mboxes(FLOCK, "virtual_mailbox_lock = flock\nmailbox_delivery_lock = flock");
 }
 
+/// Ends the traffic of a test that fails, which would otherwise wait for it.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// The mount of node 1 is killed under its servers, which go down with it; node 0 serves on. Node 1 comes back. `victim`: the
 /// traffic of node 1 until then.
 fn a_node_dies(
@@ -114,6 +123,7 @@ fn a_node_dies(
     let (stop, never) = (AtomicBool::new(false), AtomicBool::new(false));
     let interrupted = std::thread::scope(|s| {
         let (site, ledger, stop, never) = (&site, &ledger, &stop, &never);
+        let _when_it_fails = [Stops(stop), Stops(never)];
         let usual = |seed| Mail { pause, ..Mail::usual(seed) };
         let survivor = s.spawn(move || traffic(site, ledger, 0, usual(10), stop));
         let victim = s.spawn(move || victim(site, ledger, never));
