@@ -101,16 +101,31 @@ fn mboxes_with_flock() {
     mboxes(FLOCK, "virtual_mailbox_lock = flock\nmailbox_delivery_lock = flock");
 }
 
+/// Ends the traffic of a test that fails, which would otherwise wait for it.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// The mount of node 1 is killed under its servers, which go down with it; node 0 serves on. Node 1 comes back. `victim`: the
 /// traffic of node 1 until then.
-fn a_node_dies(settings: Settings, victim: impl FnOnce(&Site, &Ledger, &AtomicBool) -> Vec<Outcome> + Send) {
+fn a_node_dies(
+    settings: Settings,
+    pause: Duration,
+    victim: impl FnOnce(&Site, &Ledger, &AtomicBool) -> Vec<Outcome> + Send,
+) {
     let site = Site::start(NODES, settings);
     let ledger = Ledger::default();
     ledger.make_folders(&site).unwrap();
     let (stop, never) = (AtomicBool::new(false), AtomicBool::new(false));
     let interrupted = std::thread::scope(|s| {
         let (site, ledger, stop, never) = (&site, &ledger, &stop, &never);
-        let survivor = s.spawn(move || traffic(site, ledger, 0, Mail::usual(10), stop));
+        let _when_it_fails = [Stops(stop), Stops(never)];
+        let usual = |seed| Mail { pause, ..Mail::usual(seed) };
+        let survivor = s.spawn(move || traffic(site, ledger, 0, usual(10), stop));
         let victim = s.spawn(move || victim(site, ledger, never));
         std::thread::sleep(Duration::from_secs(3));
         site.cluster.kill9(1).unwrap();
@@ -122,7 +137,7 @@ fn a_node_dies(settings: Settings, victim: impl FnOnce(&Site, &Ledger, &AtomicBo
         std::thread::sleep(Duration::from_secs(3));
         site.cluster.mount(1).unwrap();
         site.start_servers(1).unwrap();
-        let returned = s.spawn(move || traffic(site, ledger, 1, Mail::usual(12), stop));
+        let returned = s.spawn(move || traffic(site, ledger, 1, usual(12), stop));
         std::thread::sleep(Duration::from_secs(3));
         site.remove_stale_locks(0).unwrap();
         std::thread::sleep(Duration::from_secs(2));
@@ -143,17 +158,21 @@ fn a_node_dies_and_comes_back() {
     // Without it local(8) and virtual(8) return messages to their senders when the mailbox gives an I/O error.
     let postfix = "soft_bounce = yes";
     let settings = Settings { store: Store::Maildir, queue: Queue::Local, dovecot: "", postfix };
-    a_node_dies(settings, |site, ledger, stop| traffic(site, ledger, 1, Mail::usual(11), stop));
+    let mail = Mail::usual(11);
+    a_node_dies(settings, mail.pause, |site, ledger, stop| traffic(site, ledger, 1, mail, stop));
 }
 
 /// The node that dies only delivers, and each message by one write: of a larger one an mbox may keep a part, and a Dovecot that dies
 /// while it moves messages within an mbox leaves a mixture, on any filesystem.
 #[test]
 fn a_node_dies_and_comes_back_with_mboxes() {
-    let postfix = "soft_bounce = yes\nvirtual_mailbox_lock = fcntl\nmailbox_delivery_lock = fcntl";
+    let postfix =
+        "soft_bounce = yes\nvirtual_mailbox_lock = fcntl\nmailbox_delivery_lock = fcntl\ndeliver_lock_attempts = 100";
     let settings = Settings { store: Store::Mbox, queue: Queue::Local, dovecot: FCNTL, postfix };
-    let mail = Mail { seed: 11, routes: &[BY_VIRTUAL, BY_LOCAL], largest: 2 << 10 };
-    a_node_dies(settings, |site, ledger, stop| vec![ledger.send(site, 1, mail, stop)]);
+    // Every change of an mbox reads all of it: more mail would only make a long queue.
+    let pause = Duration::from_millis(200);
+    let mail = Mail { routes: &[BY_VIRTUAL, BY_LOCAL], largest: 2 << 10, pause: pause / 4, ..Mail::usual(11) };
+    a_node_dies(settings, pause, |site, ledger, stop| vec![ledger.send(site, 1, mail, stop)]);
 }
 
 /// Deliveries to one mbox from both nodes at once; every message is there once, on both.

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::accounts::{GID, Store, UID, USERS};
-use super::process::{Process, address, free_port, installed};
+use super::process::{Process, address, free_ports, installed};
 use crate::cluster::{Cluster, Result};
 use crate::sys::chown;
 
@@ -53,7 +53,7 @@ impl Postfix {
         fs::create_dir_all(&data)?;
         chown(&data, id(c"postfix")?.0, 0)?;
         make_queue(queue)?;
-        let smtp = free_port(address(node))?;
+        let [smtp] = free_ports(address(node))?;
         let root = cluster.mount_point(node);
         fs::write(conf.join("main.cf"), main_cf(node, dir, queue, &root, settings, lmtp))?;
         fs::write(conf.join("master.cf"), master_cf(smtp))?;

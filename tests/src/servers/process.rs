@@ -32,9 +32,17 @@ pub fn address(node: usize) -> Ipv4Addr {
     Ipv4Addr::new(127, b, c, 10 + node as u8)
 }
 
-/// A port of `address` that nobody uses.
-pub fn free_port(address: Ipv4Addr) -> io::Result<SocketAddr> {
-    TcpListener::bind((address, 0))?.local_addr()
+/// Ports of `address` that nobody uses.
+pub fn free_ports<const N: usize>(address: Ipv4Addr) -> io::Result<[SocketAddr; N]> {
+    let mut ports = [SocketAddr::from((address, 0)); N];
+    // Kept until all are known: one that was let go may be given again.
+    let mut taken = Vec::new();
+    for port in &mut ports {
+        let listener = TcpListener::bind((address, 0))?;
+        *port = listener.local_addr()?;
+        taken.push(listener);
+    }
+    Ok(ports)
 }
 
 /// Kills a server's process group once the process that started the server is gone, however that ended. The kernel's signal at

@@ -29,12 +29,14 @@ pub struct Mail {
     pub routes: &'static [&'static str],
     /// Bytes of a body.
     pub largest: usize,
+    /// From the answer to a message until the next one is sent.
+    pub pause: Duration,
 }
 
 impl Mail {
     /// By all routes.
     pub fn usual(seed: u64) -> Self {
-        Self { seed, routes: &ROUTES, largest: 50 << 10 }
+        Self { seed, routes: &ROUTES, largest: 50 << 10, pause: Duration::from_millis(30) }
     }
 }
 
@@ -153,7 +155,7 @@ impl Ledger {
             let floor = self.account.lock().uid_next.get(user).copied().unwrap_or(1);
             smtp.send(&m, &format!("{user}@{}", mail.routes[i % mail.routes.len()]))?;
             self.account.lock().accepted.insert(m.id, Accepted { user, floor });
-            std::thread::sleep(Duration::from_millis(30));
+            std::thread::sleep(mail.pause);
         }
         Ok(())
     }

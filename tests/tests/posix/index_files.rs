@@ -250,7 +250,7 @@ fn who_looks_beside_a_writer_leaves_nothing_old() {
 /// again, and both nodes stood still.
 #[test]
 fn a_log_that_grows_is_looked_up_by_its_name() {
-    const APPENDS: usize = 600;
+    const APPENDS: usize = 400;
     /// One lookup of a name at a time is all that the kernel asks for.
     const NAMES: usize = 8;
     const STANDSTILL: Duration = Duration::from_secs(10);
