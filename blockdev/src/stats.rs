@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use serde::{Deserialize, Serialize};
+
 use crate::IoClass;
 
 const CLASSES: usize = 5;
@@ -23,7 +25,7 @@ pub struct DeviceStats {
 }
 
 /// Counts of one class. Bytes include those of compare-and-writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClassStats {
     pub reads: u64,
     pub writes: u64,

@@ -144,7 +144,7 @@ impl Shared {
         let result = step(block, self.me, event, &self.table.lock(), nonce);
         result.map_err(|Superseded| {
             self.lapse("another node took over this slot");
-            ClusterError::Lapsed
+            self.ended()
         })
     }
 

@@ -106,6 +106,14 @@ impl Shared {
         }
     }
 
+    /// Why the node is no member any more: it may have left in order while something was under way.
+    pub fn ended(&self) -> ClusterError {
+        match *self.state.borrow() {
+            State::Left => ClusterError::Leaving,
+            _ => ClusterError::Lapsed,
+        }
+    }
+
     /// Waits until the node is no longer live and tells why.
     pub async fn not_live(&self) -> ClusterError {
         match self.state.wait_for(|s| *s != State::Live).await {
@@ -138,7 +146,7 @@ impl Shared {
     pub fn device_error(&self, e: DevError) -> ClusterError {
         if matches!(e, DevError::Fenced) {
             self.lapse("the device refuses our writes");
-            return ClusterError::Lapsed;
+            return self.ended();
         }
         e.into()
     }
@@ -329,6 +337,21 @@ impl Node {
     /// Slots that were used and that nobody lives in now, as far as is known.
     pub fn vacant_slots(&self) -> Vec<Slot> {
         self.shared.table.lock().vacant()
+    }
+
+    /// Whether the latest life of a vacant slot, or of this node's before its own, ended by a crash.
+    pub fn crashed_before(&self) -> bool {
+        self.shared.table.lock().crashed_before(self.id())
+    }
+
+    /// What this node knows of a lock block, in words.
+    pub fn told_of(&self, id: LockId) -> String {
+        self.shared.with_local(id, |l| {
+            let held = l.held.as_ref().map(|h| (h.grant.mode, h.grant.tenure, h.demanded.map(|(mode, _)| mode)));
+            let entries = l.block.as_ref().map(|b| &b.entries);
+            let outdated = if l.stale { ", outdated" } else { "" };
+            format!("holds (mode, tenure, demanded) {held:?}, waits for {:?}, entries{outdated} {entries:?}", l.waiting)
+        })
     }
 
     /// The lock block as it is on disk now.

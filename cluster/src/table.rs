@@ -62,6 +62,12 @@ impl SlotTable {
         self.slots.values().filter(free).map(|b| b.slot).collect()
     }
 
+    /// Whether the latest life that ended in a slot where nobody but `me` lives ended by a crash.
+    pub fn crashed_before(&self, me: NodeId) -> bool {
+        let over = |b: &&SlotBlock| b.last_ended > 0 && (b.state == SlotState::Free || b.slot == me.slot);
+        self.slots.values().filter(over).any(|b| b.clean_ends & 1 == 0)
+    }
+
     #[cfg(test)]
     pub(crate) fn each(&self, see: impl FnMut(&SlotBlock)) {
         self.slots.values().for_each(see);
@@ -120,5 +126,18 @@ mod tests {
         );
         assert_eq!(t.address(node(4)), Some(&[1][..]));
         assert_eq!(t.address(node(5)), None);
+    }
+
+    #[test]
+    fn crashes_count_where_nobody_else_lives() {
+        let mut t = SlotTable::default();
+        assert!(!t.crashed_before(NodeId { slot: 0, incarnation: 1 }));
+        assert!(t.learn(block(5, SlotState::Live, 4, 3, 0b10)));
+        assert!(t.crashed_before(NodeId { slot: 0, incarnation: 4 }));
+        assert!(!t.crashed_before(NodeId { slot: 1, incarnation: 1 }), "another lives there, and has looked");
+        assert!(t.learn(block(6, SlotState::Free, 4, 4, 0b100)));
+        assert!(t.crashed_before(NodeId { slot: 1, incarnation: 1 }));
+        assert!(t.learn(block(7, SlotState::Free, 5, 5, 0b1001)));
+        assert!(!t.crashed_before(NodeId { slot: 1, incarnation: 1 }));
     }
 }

@@ -34,6 +34,13 @@ impl Volume {
             .collect()
     }
 
+    /// The locks that something is going on with, a line each: on this node, and in the lock block as this node last saw it.
+    pub fn busy_locks(&self) -> Vec<String> {
+        let mut holds: Vec<_> = self.domains.lock().values().map(|d| d.hold.clone()).collect();
+        holds.extend(self.groups.lock().values().cloned());
+        holds.into_iter().filter_map(|h| Some(format!("{}; {}", h.busy()?, self.node.told_of(h.id)))).collect()
+    }
+
     /// The path from the root of the directory that a domain was made for: `/` for the root's. Takes the locks of the directories
     /// above it (shared) one after the other, so that it may be outdated when it is returned.
     pub async fn path_of_domain(&self, domain: u32) -> Result<Vec<u8>> {

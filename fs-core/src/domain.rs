@@ -140,6 +140,11 @@ impl Domain {
         self.leftovers.lock().is_some()
     }
 
+    /// Whether other nodes had files of it open when this one got the lock that it has.
+    pub fn open_elsewhere(&self) -> bool {
+        self.hold.grant().is_some_and(|g| g.open_elsewhere)
+    }
+
     pub fn has_opens(&self) -> bool {
         self.files.lock().values().any(|s| s.opens > 0)
     }

@@ -119,6 +119,25 @@ impl Hold {
         self.state.lock().usage
     }
 
+    /// What is going on with it; `None`: nothing. For who wants to know what a node is waiting for.
+    pub fn busy(&self) -> Option<String> {
+        let s = self.state.lock();
+        let users = s.tickets + s.late_tickets;
+        if s.stage == Stage::Open && s.acquiring.is_none() && !s.revoking && users + s.waiting == 0 {
+            return None;
+        }
+        let taken = if self.turn.try_lock().is_err() { ", being taken over or given up" } else { "" };
+        Some(format!(
+            "{}: {:?}, held {:?}, wanted {:?}, demanded {:?}{taken}; {users} operations have it, {} wait for it",
+            self.id,
+            s.stage,
+            s.grant.map(|g| g.mode),
+            s.acquiring,
+            s.demanded,
+            s.waiting
+        ))
+    }
+
     /// Admits an operation, or says what is missing.
     pub fn try_enter(self: &Arc<Self>, mode: Mode) -> Entry {
         self.try_enter_with_pages(mode, None)
@@ -387,9 +406,12 @@ mod tests {
     #[tokio::test]
     async fn pages_are_remembered_at_admission() {
         let hold = held();
+        assert_eq!(hold.busy(), None);
         hold.serve_uncached().await;
         let Entry::Admitted(late) = hold.try_enter_with_pages(Mode::Shared, Some(8)) else { panic!("not admitted") };
         assert!(!late.cacheable());
+        let told = hold.busy().expect("a revocation and an operation");
+        assert!(told.contains("Serving") && told.contains("1 operations have it"), "{told}");
         assert_eq!(hold.block_or_touched(), Some(vec![8]));
         assert_eq!(hold.block_or_touched(), None);
         assert!(matches!(hold.try_enter_with_pages(Mode::Shared, Some(9)), Entry::Wait));

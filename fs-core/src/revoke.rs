@@ -33,7 +33,12 @@ impl LockClient for Client {
 
     fn recovered(&self, dead: NodeId) {
         let Some(volume) = self.volume.upgrade() else { return };
-        tokio::spawn(async move { volume.clean_after(dead).await });
+        // Unless it has begun: then the next mount does it.
+        let unmount_waits = volume.closing.clone().try_read_owned();
+        tokio::spawn(async move {
+            volume.clean_after(dead).await;
+            drop(unmount_waits);
+        });
     }
 
     fn woken(&self, id: LockId) {

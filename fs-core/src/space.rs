@@ -152,6 +152,12 @@ impl Volume {
         Ok(StatFs { blocks, free, files: blocks * 8, files_free: free * 8, block_size: 4096, name_max: 255 })
     }
 
+    /// Places the headers of this node's groups, where they have changed: [`Volume::statfs`] of other nodes reads them.
+    pub(crate) async fn show_free_space(&self) -> Result<()> {
+        let groups = |lock| matches!(lock, LockId::Group(_));
+        self.journal.place_logged(groups).await.map_err(|e| self.journal_failed(e))
+    }
+
     /// Free blocks of a group that another node holds, or held when it ended, as the header in its place says: newer than
     /// the lock block's count, which is from when the group was last given up. Nothing but a figure for users: the lock is not held.
     async fn placed_free(&self, group: u32) -> Result<Option<u64>> {

@@ -153,6 +153,8 @@ impl<'v> Txn<'v> {
     /// For a revocation that has blocked all other operations of the domain. The plan may name others too: what is freed
     /// into groups of other nodes goes to the slot's own domain.
     pub async fn within_revocation(vol: &'v Volume, domain: Arc<Domain>, plan: &Plan) -> Result<Txn<'v>> {
+        // A volume that failed meanwhile has lost the domain, and the plan cannot be widened so that it has it again.
+        vol.check()?;
         let mut admitted = BTreeMap::new();
         for (&id, &mode) in plan.domains.iter().filter(|(id, _)| **id != domain.id) {
             let other = vol.domain(id);

@@ -7,9 +7,12 @@
 //! - a node that lives: it goes through its own when it learns of the end of another;
 //! - a node that has left: whoever recovers the dead one goes through the notes of all slots that nobody lives in.
 //!
+//! Who recovered the dead one may end before he is through, or be mounted read-only. So whoever mounts goes through the notes of all slots
+//! that nobody lives in, too, if the latest life of one ended by a crash.
+//!
 //! Going through them frees what nobody has open any more. A note stays until its domain has no unnamed file.
 
-use cluster::{LockId, Mode, NodeId};
+use cluster::{LockId, Mode};
 
 use crate::alloc::Purpose;
 use crate::error::{FsError, Result};
@@ -40,23 +43,41 @@ impl Txn<'_> {
 }
 
 impl Volume {
-    /// At the start: notes of this slot's earlier lives, and those of the gone if the latest life ended by a crash.
+    /// At the start: notes of this slot's earlier lives, and those of all the gone if one of them ended by a crash. Who recovered it may
+    /// have ended before it had gone through them.
     pub(crate) async fn unnamed_from_before(&self) {
         self.free_unnamed_noted_by(self.own_domain()).await;
-        let me = self.node();
-        let before = NodeId { incarnation: me.incarnation - 1, ..me };
-        if before.incarnation > 0 && self.node.life(before) == cluster::Life::EndedCrash {
+        if self.node.crashed_before() {
             self.free_unnamed_of_the_gone().await;
         }
     }
 
     /// Another node ended, perhaps.
     pub(crate) fn look_for_unnamed(&self) {
-        if self.read_only || self.unnamed.lock().is_empty() {
+        let held: Vec<u32> = self.domains.lock().values().filter(|d| d.open_elsewhere()).map(|d| d.id).collect();
+        if self.read_only || held.is_empty() && self.unnamed.lock().is_empty() {
             return;
         }
+        // An unmount that has begun gives everything up anyway.
+        let Ok(unmount_waits) = self.closing.clone().try_read_owned() else { return };
         if let Some(volume) = self.me.upgrade() {
-            tokio::spawn(async move { volume.free_unnamed_noted_by(volume.own_domain()).await });
+            tokio::spawn(async move {
+                for d in held {
+                    volume.ask_again_who_has_open(d).await;
+                }
+                if !volume.unnamed.lock().is_empty() {
+                    volume.free_unnamed_noted_by(volume.own_domain()).await;
+                }
+                drop(unmount_waits);
+            });
+        }
+    }
+
+    /// A domain that this node has held since before the end of another may say of that one that it has files open: what is removed
+    /// would stay, as nobody closes it. The next grant tells how it is.
+    async fn ask_again_who_has_open(&self, domain: u32) {
+        if self.domain(domain).open_elsewhere() {
+            self.give_up(LockId::Domain(domain)).await;
         }
     }
 
@@ -84,6 +105,7 @@ impl Volume {
                     self.unnamed.lock().extend(&noted);
                 }
                 for d in noted {
+                    self.ask_again_who_has_open(d).await;
                     self.logged(d, self.free_unnamed(slot_domain, d).await);
                 }
             }

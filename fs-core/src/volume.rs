@@ -127,7 +127,7 @@ pub struct Volume {
     /// Why the volume can do nothing any more.
     failed: tokio::sync::watch::Sender<Option<FsError>>,
     pub(crate) stop: tokio::sync::watch::Sender<bool>,
-    /// Shared by what goes on after last closes: an unmount waits for that, as nobody else would free unnamed files later.
+    /// Shared by what goes on after last closes and deaths: an unmount waits for that, as nobody else would free what was left later.
     pub(crate) closing: Arc<tokio::sync::RwLock<()>>,
     pub(crate) me: Weak<Volume>,
 }
@@ -280,6 +280,7 @@ impl Volume {
         self.flush_everything().await?;
         self.clean_own_slot().await;
         self.flush_everything().await?;
+        self.discard().await?;
         self.journal.close().await?;
         Ok(())
     }

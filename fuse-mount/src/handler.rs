@@ -35,6 +35,8 @@ pub struct Server {
     pub runtime: Handle,
     /// Whether to ask for requests through io_uring.
     pub io_uring: bool,
+    /// Changes of directories are durable before they are told.
+    pub dirsync: bool,
     /// Told when the kernel has begun to use the mount.
     pub ready: Arc<Notify>,
 }
@@ -72,14 +74,20 @@ impl Handler for Server {
     fn request(&self, request: Request, reply: Reply) {
         self.counters.count(&request.op);
         let Some(reply) = self.known.helper.answer(&request, reply) else { return };
+        if report::pid_is_asked(&request) {
+            return report::tell_pid(&request, reply);
+        }
         let (membership, known, reporter) = (self.membership.clone(), self.known.clone(), self.reporter.clone());
+        let dirsync = self.dirsync;
         let (since, manner, thread) = (Instant::now(), manner(&request.op), request.pid);
         let (interrupt, interrupts) = (Interrupt::default(), reply.interrupt_handle());
         let interrupted = interrupt.clone();
         let mut serving = Box::pin(async move {
             match membership.admit(&request.op, &interrupted).await {
                 Ok(pass) if report::is_asked(&request) => reporter.answer(&pass.volume, &request, reply).await,
-                Ok(pass) => Job { volume: pass.volume.clone(), known, pass }.serve(request, reply, &interrupted).await,
+                Ok(pass) => {
+                    Job { volume: pass.volume.clone(), known, dirsync, pass }.serve(request, reply, &interrupted).await
+                }
                 Err(errno) => drop(reply.err(errno)),
             }
         });
@@ -111,6 +119,8 @@ impl Handler for Server {
 pub(crate) struct Job {
     pub volume: Arc<Volume>,
     pub known: Arc<KnownInodes>,
+    /// Changes of directories are durable before they are told.
+    pub dirsync: bool,
     /// Last: the membership ends when all that was done in it has been let go.
     pub pass: Pass,
 }
@@ -155,27 +165,29 @@ impl Job {
                 self.attributes(set, reply, |reply, held| reply.attr(Duration::ZERO, &convert::attr(&held.value)));
             }
             Op::Readlink => answer(v.readlink(ino).await, reply, |r, target| r.readlink(target)),
-            Op::Symlink { name, target } => self.entry(v.symlink(who, ino, &name, &target).await, reply),
+            Op::Symlink { name, target } => {
+                self.entry(self.durable(v.symlink(who, ino, &name, &target).await).await, reply)
+            }
             Op::Mknod { name, mode, rdev, umask } => {
                 let new = NewNode { mode, umask, rdev: rdev.into() };
-                self.entry(v.mknod(who, ino, &name, new, false).await, reply);
+                self.entry(self.durable(v.mknod(who, ino, &name, new, false).await).await, reply);
             }
             Op::Mkdir { name, mode, umask } => {
                 let new = NewNode { mode, umask, rdev: 0 };
-                self.entry(v.mkdir(who, ino, &name, new).await, reply);
+                self.entry(self.durable(v.mkdir(who, ino, &name, new).await).await, reply);
             }
-            Op::Unlink { name } => done(v.unlink(ino, &name).await, reply),
-            Op::Rmdir { name } => done(v.rmdir(ino, &name).await, reply),
+            Op::Unlink { name } => done(self.durable(v.unlink(ino, &name).await).await, reply),
+            Op::Rmdir { name } => done(self.durable(v.rmdir(ino, &name).await).await, reply),
             Op::Rename { name, newdir, newname, flags } => match rename_kind(flags) {
                 Some(how) => {
                     let renamed = v.rename(ino, &name, to_ino(newdir), &newname, how).await;
-                    done(self.with_name(renamed).await, reply);
+                    done(self.durable(renamed).await, reply);
                 }
                 None => fail(&FsError::Invalid, reply),
             },
             Op::Link { oldnode, newname } => {
                 let linked = v.link(to_ino(oldnode), ino, &newname).await;
-                self.entry(self.with_name(linked).await, reply);
+                self.entry(self.durable(linked).await, reply);
             }
             Op::Open { flags, .. } => self.open(ino, flags, reply).await,
             Op::Create { name, flags, mode, umask, .. } => {
@@ -307,11 +319,12 @@ impl Job {
 
     /// The name meant a file that has grown, and does so or means another by now.
     async fn look_up_grown(&self, parent: u64, name: &[u8], ino: u64) -> Result<Leased<Option<Attr>>> {
-        let learned = self.attr_in_step(ino).await;
+        // No lease is kept over the next call: it would wait for a revocation that waits for this lease.
+        let learned = self.attr_in_step(ino).await.map(|held| held.value);
         let again = self.volume.lookup(parent, name).await?;
         let grows = again.value.as_ref().is_some_and(|a| a.ino == ino && self.must_learn(a));
         Ok(match learned {
-            Ok(learned) if grows => Leased::past(Some(learned.value)),
+            Ok(learned) if grows => Leased::past(Some(learned)),
             _ => again,
         })
     }
@@ -332,12 +345,12 @@ impl Job {
         }
     }
 
-    /// The name of a file that was synced is durable before it is told.
-    async fn with_name<T>(&self, named: Result<Leased<T>>) -> Result<Leased<T>> {
-        if named.as_ref().is_ok_and(|held| held.names_synced) {
+    /// The name of a file that was synced is durable before it is told; with `dirsync` every change of a directory is.
+    async fn durable<T>(&self, changed: Result<Leased<T>>) -> Result<Leased<T>> {
+        if changed.as_ref().is_ok_and(|held| held.names_synced || self.dirsync) {
             self.volume.commit_name().await?;
         }
-        named
+        changed
     }
 
     fn entry(&self, made: Result<Leased<Attr>>, reply: Reply) {
@@ -392,7 +405,7 @@ impl Job {
         loop {
             match self.volume.mknod(who, parent, name, new, true).await {
                 Err(FsError::Exists) if flags & libc::O_EXCL as u32 == 0 => {}
-                made => return self.created(made, flags, reply).await,
+                made => return self.created(self.made_durable(made).await, flags, reply).await,
             }
             // Somebody else made it since the kernel looked.
             match self.open_existing(parent, name, flags).await {
@@ -400,6 +413,19 @@ impl Job {
                 opened => return self.created(opened, flags, reply).await,
             }
         }
+    }
+
+    /// As [`Job::durable`], of a file that was opened as it was made.
+    async fn made_durable(&self, made: Result<Leased<Attr>>) -> Result<Leased<Attr>> {
+        if !self.dirsync {
+            return made;
+        }
+        let opened = made.as_ref().ok().map(|held| Opened { volume: &self.volume, ino: held.value.ino });
+        let made = self.durable(made).await;
+        if made.is_ok() {
+            std::mem::forget(opened);
+        }
+        made
     }
 
     async fn open_existing(&self, parent: u64, name: &[u8], flags: u32) -> Result<Leased<Attr>> {

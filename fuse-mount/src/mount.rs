@@ -23,6 +23,8 @@ use crate::options::{Hints, Options};
 use crate::report::Reporter;
 use crate::wake::Waker;
 
+/// The process's name once the mount is gone and the node leaves the volume: `ps` shows it, and who unmounts waits for it.
+pub const LEAVING: &str = "clusterfs-leave";
 /// Threads that read requests. They only hand them on.
 const READERS: usize = 2;
 
@@ -84,6 +86,7 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
         reporter: Arc::new(Reporter::new(device, counters.clone())),
         runtime: on,
         io_uring: options.io_uring,
+        dirsync: options.flags & (libc::MS_DIRSYNC | libc::MS_SYNCHRONOUS) != 0,
         ready: ready_to,
     };
     let serving = {
@@ -91,7 +94,7 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
         std::thread::Builder::new().name("fuse".into()).spawn(move || session.run(Arc::new(server), READERS))?
     };
     runtime.spawn(unmount_on_signal(session.clone()));
-    runtime.spawn(tell_on_signal(counters));
+    runtime.spawn(tell_on_signal(counters, membership.clone()));
     let keeping = {
         let (device, options, known) = (device.to_string(), options.clone(), known.clone());
         runtime.spawn(membership.clone().keep(move || {
@@ -105,6 +108,9 @@ pub fn serve(device: &str, dir: &Path, options: &Options, ready: impl FnOnce()) 
         Waker::start(known, &dir).inspect_err(|e| tracing::warn!("inotify tells of no other node's changes: {e}"));
     ready();
     let served = serving.join().map_err(|_| std::io::Error::other("the thread that serves the kernel panicked"))?;
+    if let Err(e) = std::fs::write("/proc/self/comm", LEAVING) {
+        tracing::debug!("nobody will see that this node leaves: {e}");
+    }
     keeping.abort();
     drop(waker);
     let left = runtime.block_on(async {
@@ -132,7 +138,11 @@ async fn open_volume(device: &str, options: &Options, known: Arc<KnownInodes>) -
         cache_bytes: options.cache_bytes,
         dirty_bytes: options.dirty_bytes,
     };
-    Ok(Volume::mount(cfg).await?)
+    let volume = Volume::mount(cfg).await?;
+    if options.discard {
+        volume.discard_freed_blocks();
+    }
+    Ok(volume)
 }
 
 async fn open_device(device: &str, options: &Options) -> Result<Arc<dyn BlockDevice>, Error> {
@@ -197,11 +207,13 @@ fn random_seed() -> std::io::Result<u64> {
     if n == seed.len() as isize { Ok(u64::from_ne_bytes(seed)) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// SIGUSR1 asks for the counters. Asked for, they come whatever the log's level is by default.
-async fn tell_on_signal(counters: Arc<Counters>) {
+/// SIGUSR1 asks for the counters, and for what is going on with which lock. Asked for, they come whatever the log's level is by default.
+async fn tell_on_signal(counters: Arc<Counters>, membership: Arc<Membership>) {
     let Ok(mut asked) = signal(SignalKind::user_defined1()) else { return };
     while asked.recv().await.is_some() {
         tracing::warn!("requests of the kernel so far: {counters}");
+        let busy = membership.volume().map(|v| v.busy_locks());
+        busy.into_iter().flatten().for_each(|lock| tracing::warn!("{lock}"));
     }
 }
 

@@ -56,31 +56,17 @@ pub struct Options {
     pub dirty_bytes: usize,
     pub hints: Hints,
     pub io_uring: bool,
+    /// The device is told which blocks hold nothing any more.
+    pub discard: bool,
     pub host: Option<String>,
     pub iscsi: blockdev::iscsi::Settings,
     pub log: Option<String>,
 }
 
 /// Options that mean something to mount(8), fstab or systemd, and nothing to a helper.
-const FOR_OTHERS: [&str; 18] = [
-    "defaults",
-    "auto",
-    "noauto",
-    "_netdev",
-    "nofail",
-    "user",
-    "nouser",
-    "users",
-    "owner",
-    "group",
-    "async",
-    "rw",
-    "suid",
-    "dev",
-    "exec",
-    "loud",
-    "silent",
-    "strictatime",
+const FOR_OTHERS: [&str; 17] = [
+    "defaults", "auto", "noauto", "_netdev", "nofail", "user", "nouser", "users", "owner", "group", "async", "rw",
+    "suid", "dev", "exec", "loud", "silent",
 ];
 
 impl Options {
@@ -93,6 +79,7 @@ impl Options {
             dirty_bytes: MountConfig::DEFAULT_DIRTY_BYTES,
             hints: Hints::Auto,
             io_uring: false,
+            discard: false,
             host: None,
             iscsi: Default::default(),
             log: cli.verbose.then(|| "info".to_string()),
@@ -122,12 +109,17 @@ impl Options {
             ("dirty", Some(v)) => self.dirty_bytes = size(name, v)?,
             ("io_uring", None) => self.io_uring = true,
             ("noio_uring", None) => self.io_uring = false,
+            ("discard", None) => self.discard = true,
+            ("nodiscard", None) => self.discard = false,
             ("nohints", None) => self.hints = Hints::Off,
             ("hints", Some(v)) => self.hints = Hints::At(address(v)?),
             ("host", Some(v)) if !v.is_empty() && v.len() <= 64 => self.host = Some(v.to_string()),
             ("initiator", Some(v)) if !v.is_empty() => self.iscsi.initiator = Some(v.to_string()),
             ("secrets", Some(v)) if !v.is_empty() => self.iscsi.secrets = Some(v.into()),
             ("log", Some(v)) => self.log = Some(v.to_string()),
+            ("strictatime", None) => {
+                return Err("option 'strictatime' cannot be kept: each access would be a write (see relatime)".into());
+            }
             (n, None) if FOR_OTHERS.contains(&n) => {}
             (n, _) if n.starts_with("x-") || n.starts_with("X-") || n == "comment" => {}
             _ if sloppy => {}
@@ -207,7 +199,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_refused_and_named() {
-        for bad in ["frobnicate", "cache=1", "cache=many", "hints=nowhere", "ro=1", "host="] {
+        for bad in ["frobnicate", "strictatime", "cache=1", "cache=many", "hints=nowhere", "ro=1", "host="] {
             let e = parse(&["-o", bad]).expect_err("refused");
             assert!(e.contains(bad), "{e}");
         }

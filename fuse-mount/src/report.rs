@@ -1,4 +1,5 @@
-//! What this node is doing, as an extended attribute of the mount's root that only root may read: `clusterfs top` asks for it.
+//! What this node is doing, as an extended attribute of the mount's root that only root may read: `clusterfs top` asks for it. Another
+//! one tells the daemon's process number to who unmounts and wants to wait for its end.
 //!
 //! Counters run since the mount, except those of domains, which cover the time since the previous report: of many thousand
 //! directories only the busiest are told, and which those are changes.
@@ -7,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blockdev::ClassStats;
 use cluster::Mode;
 use fs_core::activity::Usage;
 use fs_core::{ROOT_INO, Volume};
@@ -22,6 +24,8 @@ pub const RESERVED: &[u8] = b"trusted.clusterfs.";
 /// The name of the report, JSON of a [`Report`] of at most [`REPORT_MAX`] bytes.
 pub const REPORT_XATTR: &str = "trusted.clusterfs.report";
 pub const REPORT_MAX: usize = 64 << 10;
+/// The name of the process number, in decimal digits.
+pub const PID_XATTR: &str = "trusted.clusterfs.pid";
 /// Domains in a report, the busiest first.
 const DOMAINS: usize = 20;
 /// Bytes of a path in a report; a longer one loses its beginning.
@@ -45,7 +49,8 @@ pub struct Report {
     pub requests: BTreeMap<String, u64>,
     pub locks: Locks,
     pub journal: Journal,
-    pub device_io: DeviceIo,
+    /// Without the idle cost of membership.
+    pub device_io: ClassStats,
     /// What [`Domain`] counts cover.
     pub period_ms: u64,
     pub domains: Vec<Domain>,
@@ -71,17 +76,6 @@ pub struct Journal {
     pub record_bytes: u64,
     pub blocks_placed: u64,
     pub checkpoints: u64,
-}
-
-/// Without the idle cost of membership.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct DeviceIo {
-    pub reads: u64,
-    pub writes: u64,
-    pub flushes: u64,
-    pub compare_and_writes: u64,
-    pub bytes_read: u64,
-    pub bytes_written: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -114,8 +108,25 @@ struct Period {
 
 /// Whether a request is for the report.
 pub fn is_asked(request: &Request) -> bool {
+    asks_for(request, REPORT_XATTR)
+}
+
+/// Whether a request is for the process number. It is answered whether this is a node at the moment or not.
+pub fn pid_is_asked(request: &Request) -> bool {
+    asks_for(request, PID_XATTR)
+}
+
+fn asks_for(request: &Request, attribute: &str) -> bool {
     to_ino(request.nodeid) == ROOT_INO
-        && matches!(&request.op, Op::Getxattr { name, .. } if name == REPORT_XATTR.as_bytes())
+        && matches!(&request.op, Op::Getxattr { name, .. } if name == attribute.as_bytes())
+}
+
+/// Answers a request that [`pid_is_asked`] is true for.
+pub fn tell_pid(request: &Request, reply: Reply) {
+    match request.op {
+        Op::Getxattr { size, .. } => reply.xattr(size, std::process::id().to_string().as_bytes()),
+        _ => reply.err(libc::ENODATA),
+    };
 }
 
 impl Reporter {
@@ -148,7 +159,7 @@ impl Reporter {
     }
 
     async fn report(&self, volume: &Volume) -> Report {
-        let (locks, journal, io) = (volume.lock_stats(), volume.journal_stats(), volume.device_stats().work());
+        let (locks, journal) = (volume.lock_stats(), volume.journal_stats());
         let (period, mut domains) = self.busiest(volume);
         // What was not found by then is told without its path.
         let _ = tokio::time::timeout(PATH_PATIENCE, self.find_paths(volume, &mut domains)).await;
@@ -175,14 +186,7 @@ impl Reporter {
                 blocks_placed: journal.blocks_placed,
                 checkpoints: journal.checkpoints,
             },
-            device_io: DeviceIo {
-                reads: io.reads,
-                writes: io.writes,
-                flushes: io.flushes,
-                compare_and_writes: io.compare_and_writes,
-                bytes_read: io.bytes_read,
-                bytes_written: io.bytes_written,
-            },
+            device_io: volume.device_stats().work(),
             period_ms: millis(period),
             domains,
         }

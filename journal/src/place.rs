@@ -84,6 +84,11 @@ impl Journal {
         self.detached(work).await
     }
 
+    /// Places what is logged under some locks, for others to read who do not have those.
+    pub async fn place_logged(&self, wanted: fn(LockId) -> bool) -> Result<()> {
+        self.detached(move |me| async move { me.place(wanted, None).await }).await
+    }
+
     async fn commit_if(&self, wanted: impl Fn(&State) -> bool) -> Result<()> {
         let needed = wanted(&self.state.lock());
         if needed {

@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// The life of a test's cluster.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 const TEST_VOLUME: u64 = 1 << 30;
+/// Set in the environment: what a failed test leaves is kept, the image, all logs and configurations.
+const KEEP: &str = "CLUSTERFS_KEEP";
 /// Lines of a node's log to show when a test fails.
 const SHOWN: usize = 30;
 
@@ -65,6 +67,15 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, Vec<Running>> {
         // A thread that panicked leaves a list that is still true.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Each node logs what is going on.
+    fn ask_all(&self) {
+        for r in self.lock().iter() {
+            // SAFETY: a child that has not been waited for, so the number is still its own.
+            unsafe { libc::kill(r.child.id() as libc::pid_t, libc::SIGUSR1) };
+        }
+        std::thread::sleep(Duration::from_secs(1));
     }
 
     fn end_all(&self) {
@@ -110,6 +121,8 @@ pub struct Cluster {
     pub programs_netns: Option<PathBuf>,
     /// Further mount options of nodes.
     pub options: BTreeMap<usize, String>,
+    /// There is no volume: [`Cluster::local`].
+    local: bool,
 }
 
 impl Cluster {
@@ -134,6 +147,7 @@ impl Cluster {
             netns: BTreeMap::new(),
             programs_netns: None,
             options: BTreeMap::new(),
+            local: false,
         })
     }
 
@@ -149,6 +163,16 @@ impl Cluster {
     /// For a test: a fresh volume, mounted by nodes 0 to `nodes` - 1, with one slot to spare.
     pub fn start(nodes: usize) -> Self {
         Self::try_start(nodes).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// For comparison: all nodes are names of one directory of the local filesystem, there is no volume.
+    pub fn local(nodes: usize) -> Result<Self> {
+        let mut c = Self::new(TEST_LIMIT)?;
+        c.local = true;
+        let shared = c.path().join("local");
+        fs::create_dir(&shared)?;
+        (0..nodes).try_for_each(|n| std::os::unix::fs::symlink(&shared, c.mount_point(n)))?;
+        Ok(c)
     }
 
     fn try_start(nodes: usize) -> Result<Self> {
@@ -388,6 +412,9 @@ impl Cluster {
         for n in numbers {
             self.unmount(n).unwrap_or_else(|e| panic!("{e}"));
         }
+        if self.local {
+            return;
+        }
         let report = self.program("fsck.clusterfs", &["-n"]).unwrap_or_else(|e| panic!("{e}"));
         assert!(report.contains("clean"), "{report}");
         print!("{report}");
@@ -398,6 +425,10 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         self.running.end_all();
         if std::thread::panicking() {
+            if std::env::var_os(KEEP).is_some() {
+                self.dir.disable_cleanup(true);
+                eprintln!("kept: {}", self.path().display());
+            }
             for n in 0..64 {
                 let log = self.log_text(n);
                 let lines: Vec<&str> = log.lines().collect();
@@ -419,7 +450,10 @@ fn keep(requests: &Receiver<Start>, running: &Registry, limit: Duration) {
             Ok(Start { mut command, started }) => drop(started.send(command.spawn())),
             Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {
-                eprintln!("nothing has happened for too long: all nodes are killed");
+                eprintln!(
+                    "nothing has happened for too long: all nodes are killed, after they have logged what they wait for"
+                );
+                running.ask_all();
                 return running.end_all();
             }
         }

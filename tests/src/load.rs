@@ -112,3 +112,15 @@ pub fn read_when_back(path: &Path) -> io::Result<Vec<Stored>> {
 pub fn returns(c: &Cluster, nodes: usize) -> usize {
     (0..nodes).map(|n| c.log_text(n).matches("a member of the volume again").count()).sum()
 }
+
+/// How late this machine wakes a thread that sleeps: what a stall may be longer for no fault of ours.
+pub fn noise(stop: &AtomicBool) -> Duration {
+    const NAP: Duration = Duration::from_millis(5);
+    let mut worst = Duration::ZERO;
+    while !stop.load(Ordering::Relaxed) {
+        let started = Instant::now();
+        std::thread::sleep(NAP);
+        worst = worst.max(started.elapsed() - NAP);
+    }
+    worst
+}

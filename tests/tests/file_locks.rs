@@ -12,6 +12,7 @@ use clusterfs_tests::cluster::Cluster;
 use clusterfs_tests::faulty::{Fault, FaultyDevice};
 
 const EINTR: &str = "4";
+const EIO: &str = "5";
 const EAGAIN: &str = "11";
 /// The machine may be busy with other things.
 const SOON: Duration = Duration::from_secs(2);
@@ -266,5 +267,29 @@ fn a_signal_ends_an_fsync_that_hangs() {
     device.heal(node);
     until("the node is back", Duration::from_secs(40), || c.log_text(0).contains("a member of the volume again"));
     until("and works", SOON, || fs::write(f[0].with_file_name("new"), b"x").is_ok());
+    c.finish_after_faults();
+}
+
+/// Of a node that stood still for longer than its lease, others get the locks. Who held one there finds out when he writes, and locks
+/// anew like everybody else.
+#[test]
+fn a_lapsed_node_holds_nothing() {
+    let c =
+        Cluster::formatted_with(3, 1 << 30, Duration::from_secs(200), &["--lease", "2s", "--queue-time", "0"]).unwrap();
+    (0..2).for_each(|n| c.mount(n).unwrap());
+    let f = shared_file(&c, 2, "box");
+    for kind in ["fcntl-w", "ofd-w", "flock-x"] {
+        let mut p = Process::hold(kind, &f[0]);
+        assert_eq!(try_lock(kind, &f[1]), EAGAIN, "{kind}");
+        c.suspend(0).unwrap();
+        let took = until("the other node gets the lock", Duration::from_secs(15), || try_lock(kind, &f[1]) == "ok");
+        let mut other = Process::hold(kind, &f[1]);
+        c.resume(0).unwrap();
+        assert_eq!(p.tell("write"), EIO, "{kind}: its lock is another's");
+        until("the node is back", Duration::from_secs(15), || try_lock(kind, &f[0]) == EAGAIN);
+        assert_eq!(other.tell("unlock"), "ok");
+        until("the lock is free", SOON, || try_lock(kind, &f[0]) == "ok");
+        println!("{kind}: taken over after {took:.1?}");
+    }
     c.finish_after_faults();
 }

@@ -26,7 +26,9 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let bin = fs::canonicalize(programs().unwrap()).unwrap();
         fs::create_dir(dir.path().join("sbin")).unwrap();
-        symlink(bin.join("mount.clusterfs"), dir.path().join("sbin/mount.clusterfs")).unwrap();
+        for helper in ["mount.clusterfs", "umount.fuse.clusterfs"] {
+            symlink(bin.join(helper), dir.path().join("sbin").join(helper)).unwrap();
+        }
         Self { dir }
     }
 
@@ -104,6 +106,49 @@ fn an_image_is_mounted_from_fstab() {
     assert!(b.contains("nosuid,nodev,noexec"), "{b}");
     let status = c.program("clusterfs", &["status"]).unwrap();
     assert!(status.contains("0 of 4 nodes") && status.contains("free slots: 4"), "{status}");
+    c.finish();
+}
+
+/// umount(8) returns when the node has left, not before, unless it is asked not to wait or the volume is mounted elsewhere as well.
+#[test]
+fn umount_waits_for_the_node_to_leave() {
+    let c = Cluster::formatted_with(4, 512 << 20, LIMIT, &[]).unwrap();
+    let host = Host::new();
+    host.fstab(&[(&c.image(), "a", "noauto")]);
+    host.mount_point("b");
+    let bin = fs::canonicalize(programs().unwrap()).unwrap();
+    let text = host.succeed(&format!(
+        "nodes() {{ {status} {image} | grep -o '[0-9] of 4 nodes'; }}
+        fill() {{ dd if=/dev/zero of=a/$1 bs=1M count=40 2>/dev/null; }}
+        for round in 1 2 3; do
+            mount -T fstab a
+            fill large$round
+            umount a
+            nodes
+        done
+        mount -T fstab a
+        mount --bind a b
+        umount -v a
+        cat b/large1 | wc -c
+        nodes
+        umount b
+        nodes
+        mount -T fstab a
+        cd a
+        umount ../a 2>&1 && exit 9 || echo status $?
+        umount -l ../a
+        cd ..
+        until nodes | grep -q '^0'; do sleep 0.1; done
+        umount a 2>&1 && exit 9 || echo status $?",
+        status = bin.join("clusterfs").display().to_string() + " status",
+        image = c.image().display(),
+    ));
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[..3], ["0 of 4 nodes"; 3], "{text}");
+    assert!(lines[4].contains("mounted elsewhere, too"), "{text}");
+    assert_eq!(lines[5..8], ["41943040", "1 of 4 nodes", "0 of 4 nodes"], "{text}");
+    assert!(lines[8].contains("it is in use") && lines[9] == "status 32", "{text}");
+    assert!(text.ends_with("status 32\n"), "{text}");
     c.finish();
 }
 

@@ -4,7 +4,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clusterfs_tests::fuzz::watch::Counting;
-use clusterfs_tests::fuzz::{formats::Corpus, golden, noise::Noise, requests::Requests, volume::Target};
+use clusterfs_tests::fuzz::{
+    formats::Corpus, golden, noise::Noise, requests::Requests, volume::Repaired, volume::Target,
+};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -34,6 +36,22 @@ fn volumes() {
     let regressions = [241, 1053, 1192, 1490];
     let outcomes: Vec<_> = seeds(150, 30).chain(regressions).map(|seed| target.case(seed).unwrap()).collect();
     assert!(outcomes.iter().any(|o| o.found) && outcomes.iter().any(|o| o.read), "nothing was reached");
+}
+
+#[test]
+fn repairs() {
+    let target = Target::new(golden("one-dead").unwrap());
+    let outcomes: Vec<_> = seeds(60, 10).map(|seed| target.repair(seed).unwrap()).collect();
+    let sound = outcomes.iter().filter(|o| **o == Repaired::Sound).count();
+    assert!(sound > outcomes.len() / 2, "hardly anything was repaired: {outcomes:?}");
+}
+
+#[test]
+fn new_volumes_over_old_ones() {
+    let target = Target::new(golden("one-dead").unwrap());
+    for seed in seeds(20, 5) {
+        target.remake(seed).unwrap();
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -141,4 +142,30 @@ fn a_plain_block_device_is_for_one_host() {
         "{said}"
     );
     c.finish();
+}
+
+/// Freed blocks go back to the array (UNMAP), or to the filesystem under the image.
+#[test]
+fn freed_blocks_are_given_back() {
+    const FILE: u64 = 64 << 20;
+    let target = Target::start(SIZE).unwrap();
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(SIZE).unwrap();
+    for (device, backing) in [(target.url().into(), target.lun()), (image.path().to_owned(), image.path().to_owned())] {
+        let c = Cluster::formatted_on(&device, 2, LIMIT, &LEASE).unwrap();
+        let used = || fs::metadata(&backing).unwrap().blocks() * 512;
+        for (options, given_back) in [("nodiscard", false), ("discard", true)] {
+            c.mount_with(0, options).unwrap();
+            let file = c.mount_point(0).join("large");
+            fs::write(&file, vec![7; FILE as usize]).unwrap();
+            fs::File::open(&file).unwrap().sync_all().unwrap();
+            let before = used();
+            fs::remove_file(&file).unwrap();
+            c.unmount(0).unwrap();
+            let freed = before.saturating_sub(used());
+            println!("{}: {options}: {} MiB given back", device.display(), freed >> 20);
+            assert_eq!(freed > FILE / 10 * 9, given_back, "{}: {options}: {freed} bytes", device.display());
+        }
+        c.finish();
+    }
 }

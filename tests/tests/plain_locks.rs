@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use clusterfs_tests::cluster::Cluster;
-use clusterfs_tests::load::{assert_once, make_boxes};
+use clusterfs_tests::load::{assert_once, make_boxes, noise};
 use clusterfs_tests::mail::{Mailer, deliver_maildir, read_maildir};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -86,18 +86,6 @@ fn deliver(root: &Path, seed: u64, first: usize, stop: &AtomicBool) -> Delivered
         }
     }
     d
-}
-
-/// How late this machine wakes a thread that sleeps: what a stall may be longer for no fault of ours.
-fn noise(stop: &AtomicBool) -> Duration {
-    const NAP: Duration = Duration::from_millis(5);
-    let mut worst = Duration::ZERO;
-    while !stop.load(Relaxed) {
-        let started = Instant::now();
-        std::thread::sleep(NAP);
-        worst = worst.max(started.elapsed() - NAP);
-    }
-    worst
 }
 
 #[test]

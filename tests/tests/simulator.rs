@@ -19,6 +19,9 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (1650, "an unmount waited for compare-and-writes whose outcome had been unknown long before"),
     (2380, "a node that had failed in the background was taken for one that lived"),
     (6813, "a node hung until just before the device stalled, together longer than its lease"),
+    (82, "a node that failed in the middle of a revocation turned in a circle"),
+    (65, "unnamed files of dead nodes stayed: the node that had recovered them left before it had freed them"),
+    (76, "unnamed files stayed: the grant of their domain was older than the death of the node that had them open"),
     (7449, "two nodes took a group and a domain from each other, each for an operation that needs both"),
 ];
 
@@ -34,22 +37,22 @@ fn all_pass(seeds: impl IntoIterator<Item = u64>) {
 
 #[test]
 fn fixed_seeds_1() {
-    all_pass(1..=50);
+    all_pass(1..=30);
 }
 
 #[test]
 fn fixed_seeds_2() {
-    all_pass(51..=100);
+    all_pass(31..=60);
 }
 
 #[test]
 fn fixed_seeds_3() {
-    all_pass(101..=150);
+    all_pass(61..=90);
 }
 
 #[test]
 fn fixed_seeds_4() {
-    all_pass(151..=200);
+    all_pass(91..=120);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::Result;
 use crate::programs::{self, PROGRAMS, put};
 use crate::run::root;
 
-/// Where mount(8) and fsck(8) look for their helpers.
+/// Where mount(8), umount(8) and fsck(8) look for their helpers.
 const HELPERS: &str = "/sbin";
 
 /// Manual pages of the repository: (file, directory below the prefix).

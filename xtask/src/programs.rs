@@ -12,12 +12,14 @@ pub struct Program {
     /// The binary that cargo makes.
     pub built: &'static str,
     pub installed: &'static str,
-    /// mount(8), fsck(8) and mkfs(8) look for helpers in /sbin only.
+    /// mount(8), umount(8), fsck(8) and mkfs(8) look for helpers in /sbin only.
     pub helper: bool,
 }
 
 pub const PROGRAMS: &[Program] = &[
     Program { package: "fuse-mount", built: "mount-clusterfs", installed: "mount.clusterfs", helper: true },
+    // umount(8) looks for the type that the kernel shows.
+    Program { package: "fuse-mount", built: "umount-clusterfs", installed: "umount.fuse.clusterfs", helper: true },
     Program { package: "mkfs", built: "mkfs-clusterfs", installed: "mkfs.clusterfs", helper: true },
     Program { package: "fsck", built: "fsck-clusterfs", installed: "fsck.clusterfs", helper: true },
     Program { package: "admin", built: "clusterfs", installed: "clusterfs", helper: false },

@@ -175,6 +175,16 @@ fn one_of_three_dies() {
     }
 }
 
+/// Three hosts, one of which does not know what became of a compare-and-write; at full scale one dies, too.
+#[test]
+fn one_of_three_knows_no_outcome() {
+    let unknown = Config { unknowns: 1, close_up: true, ..BASE };
+    check(Config { name: "three and an unknown outcome", ..unknown.clone() });
+    if full() {
+        check(Config { name: "three, a death and an unknown outcome", shared: false, crashes: 1, ..unknown });
+    }
+}
+
 /// An adopter dies, then its recoverer.
 const DEATHS: Config =
     Config { name: "deaths", hosts: 2, live: 2, slots: 2, locks: 0, asks: 0, joins: 3, crashes: 3, ..BASE };

@@ -174,6 +174,11 @@ impl Group {
         if busy { self.free -= e.len } else { self.free += e.len }
     }
 
+    /// Blocks that are free from `from` on, at most `max`.
+    pub fn free_run(&self, from: u64, max: u64) -> u64 {
+        self.busy.run(from, max)
+    }
+
     pub fn has_free_domain(&self) -> bool {
         self.domains.next_clear(0).is_some()
     }

@@ -7,6 +7,7 @@
 //! Every group keeps a few blocks back, so that a full volume still lets users delete: see [`Purpose`].
 
 mod bits;
+mod discard;
 mod group;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -78,6 +79,8 @@ pub struct Inner {
     pending: VecDeque<(RecordNo, Extent)>,
     /// Groups about to be given up: they back no more promises.
     leaving: BTreeSet<u32>,
+    /// Free blocks that the device does not know to be free, if it is told.
+    freed: Option<discard::Freed>,
 }
 
 impl Allocator {
@@ -89,6 +92,7 @@ impl Allocator {
             reserved: 0,
             pending: VecDeque::new(),
             leaving: BTreeSet::new(),
+            freed: None,
         };
         Self { layout, inner: Mutex::new(inner) }
     }
@@ -111,6 +115,9 @@ impl Allocator {
         let group = i.groups.remove(&number)?;
         let extent = self.layout.group_extent(number);
         i.pending.retain(|(_, e)| !(extent.start <= e.start && e.start < extent.end()));
+        if let Some(freed) = &mut i.freed {
+            freed.forget(extent);
+        }
         Some(group.free_on_disk())
     }
 
@@ -178,6 +185,9 @@ impl Allocator {
         while i.pending.front().is_some_and(|(r, _)| *r <= durable) {
             if let Some((_, e)) = i.pending.pop_front() {
                 i.set_busy(e, false);
+                if let Some(freed) = &mut i.freed {
+                    freed.add(e);
+                }
             }
         }
     }

@@ -175,3 +175,59 @@ impl Volume {
 
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = PAGE as usize;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use blockdev::BlockDevice;
+    use blockdev::sim::{SimConfig, SimDisk};
+
+    use super::*;
+    use crate::format::item::Time;
+    use crate::types::*;
+
+    struct NoClock;
+
+    impl WallClock for NoClock {
+        fn now(&self) -> Time {
+            Time { secs: 1, nanos: 0 }
+        }
+    }
+
+    /// A volume that fails in the middle of a revocation: what is left to be written back gets an error, and does not turn in a circle.
+    #[test]
+    fn a_revocation_ends_with_its_volume() {
+        let (done, ended) = channel();
+        std::thread::spawn(move || {
+            let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+            let result = rt.expect("a runtime").block_on(async {
+                let disk = SimDisk::new(SimConfig::new(64 << 20, 7));
+                let raw: Arc<dyn BlockDevice> = disk.open_raw();
+                mkfs::format(&raw, &mkfs::FormatOptions::seeded(7), &mut |_| {}).await.expect("mkfs");
+                let volume = Volume::mount(MountConfig {
+                    device: disk.open("a"),
+                    net: None,
+                    clock: Arc::new(NoClock),
+                    kernel: Arc::new(NoKernelCache),
+                    host_name: "a".into(),
+                    seed: 1,
+                    read_only: false,
+                    atime: Atime::Never,
+                    cache_bytes: 1 << 20,
+                    dirty_bytes: 1 << 20,
+                });
+                let volume = volume.await.expect("mount");
+                let new = NewNode { mode: 0o100644, umask: 0, rdev: 0 };
+                let made = volume.mknod(Caller::default(), crate::ROOT_INO, b"f", new, false).await.expect("create");
+                let file = made.map(|m| m.ino).value;
+                volume.write(file, 0, &[1; 9000], WriteOptions::default()).await.expect("write");
+                volume.abandon();
+                volume.flush_domain(&volume.domain(ino_domain(file))).await
+            });
+            let _ = done.send(result.is_err());
+        });
+        assert_eq!(ended.recv_timeout(Duration::from_secs(60)), Ok(true));
+    }
+}

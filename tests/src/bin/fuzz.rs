@@ -14,6 +14,10 @@ static ALLOCATOR: Counting = Counting;
 enum What {
     /// Whole volumes: fsck, mount, reading
     Volume,
+    /// Whole volumes: fsck -y
+    Repair,
+    /// Whole volumes: mkfs over them
+    Remake,
     /// Single structures
     Formats,
     /// Hints, doorbells and heartbeats
@@ -59,6 +63,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let read = if o.read { "read in full" } else { "not read in full" };
                 Ok(format!("{}, {read}", if o.found { "fsck finds something" } else { "fsck finds nothing" }))
             })
+        }
+        What::Repair => {
+            let target = Target::new(golden(&args.volume)?);
+            Box::new(move |seed| Ok(format!("{:?}", target.repair(seed)?)))
+        }
+        What::Remake => {
+            let target = Target::new(golden(&args.volume)?);
+            Box::new(move |seed| target.remake(seed).map(|()| "done".into()))
         }
         What::Formats => {
             let corpus = Corpus::new(&[golden(&args.volume)?]);

@@ -1,9 +1,11 @@
 //! clusterfs-sim: runs the crash simulator, one seed or many. See docs/TESTING.md.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use clusterfs_tests::sim::kept::Kept;
 use clusterfs_tests::sim::soak::{Plan, Report, soak};
 use clusterfs_tests::sim::{Failure, run};
 
@@ -42,18 +44,25 @@ enum Command {
         /// Only seeds of volumes that are locked without compare-and-write
         #[arg(long)]
         plain: bool,
+        /// Where seeds that fail are kept; those that it has are run first, and leave it when they pass
+        #[arg(long, default_value = "target/failing-seeds")]
+        kept: PathBuf,
+        /// Run no kept seeds, and keep none
+        #[arg(long)]
+        keep_none: bool,
     },
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     match (args.command, args.seed) {
-        (Some(Command::Soak { first, seeds, seconds, threads, failures, plain }), _) => {
+        (Some(Command::Soak { first, seeds, seconds, threads, failures, plain, kept, keep_none }), _) => {
             let first = first.unwrap_or_else(clusterfs_tests::sim::fresh_seed);
             let seconds = seconds.or(if seeds.is_none() { Some(60) } else { None });
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
             let time = seconds.map(Duration::from_secs);
-            many(Plan { first, seeds, time, threads: threads.unwrap_or(cores), failures, plain })
+            let kept = (!keep_none).then(|| Kept::new(&kept));
+            many(Plan { first, seeds, time, threads: threads.unwrap_or(cores), failures, plain, kept })
         }
         (None, Some(seed)) => one(seed, args.quiet),
         (None, None) => {
@@ -88,13 +97,32 @@ fn one(seed: u64, quiet: bool) -> ExitCode {
 
 fn many(plan: Plan) -> ExitCode {
     println!("seeds from {} on {} threads", plan.first, plan.threads);
-    let report = soak(plan, &tell);
+    let kept = plan.kept.clone();
+    if let Some(kept) = &kept {
+        match kept.seeds() {
+            Ok(seeds) if !seeds.is_empty() => {
+                println!("first the {} that failed before ({})", seeds.len(), kept.path().display());
+            }
+            _ => {}
+        }
+    }
+    let report = match soak(plan, &tell) {
+        Ok(report) => report,
+        Err(e) => {
+            let path = kept.map(|k| k.path().display().to_string()).unwrap_or_default();
+            eprintln!("clusterfs-sim: {path}: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
     println!("{}", line(&report));
     if report.failures.is_empty() {
         return ExitCode::SUCCESS;
     }
     let seeds: Vec<String> = report.failures.iter().map(|f| f.seed.to_string()).collect();
     println!("failed: {}", seeds.join(" "));
+    if let Some(kept) = kept {
+        println!("kept in {}, to be run first by the next soak", kept.path().display());
+    }
     ExitCode::FAILURE
 }
 
@@ -110,7 +138,7 @@ fn line(r: &Report) -> String {
     let per_minute = t.seeds as f64 * 60.0 / r.time.as_secs_f64().max(0.001);
     format!(
         "{} seeds in {:.0} s ({per_minute:.0} per minute), {} failed; {} operations, {} crashes, {} losses of all nodes, \
-         {} mounts, {} trees and messages verified after a crash",
+         {} mounts, {} times full, {} trees and messages verified after a crash",
         t.seeds,
         r.time.as_secs_f64(),
         r.failures.len(),
@@ -118,6 +146,7 @@ fn line(r: &Report) -> String {
         t.crashes,
         t.blackouts,
         t.mounts,
+        t.full,
         t.verified
     )
 }

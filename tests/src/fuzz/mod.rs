@@ -5,7 +5,7 @@
 //! | what | must hold |
 //! |---|---|
 //! | [`formats`] | decoding gives an error or something that encodes to what decodes to the same |
-//! | [`volume`] | a volume that fsck calls clean can be mounted and read in full |
+//! | [`volume`] | a volume that fsck calls clean can be mounted and read in full; so can one that fsck -y has repaired, in which a second run finds nothing; mkfs refuses it, or makes a sound one of it |
 //! | [`noise`] | hints, doorbells and heartbeats of others change nothing of what a node shows |
 //! | [`requests`] | every request of the kernel is answered, and leaves a sound volume |
 

@@ -131,6 +131,7 @@ impl Requests {
             reporter: Arc::new(Reporter::new("fuzz", counters.clone())),
             counters,
             io_uring: false,
+            dirsync: false,
             runtime: runtime.clone(),
             ready: Arc::default(),
         };

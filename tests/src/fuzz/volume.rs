@@ -1,11 +1,14 @@
-//! Whole volumes: some blocks changed, checksums right; then a check as of fsck -n, and a mount that reads everything.
+//! Whole volumes: some blocks changed, checksums right; then a check as of fsck -n and a mount that reads everything, or a repair as of
+//! fsck -y, or a new volume in its place.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use blockdev::BlockDevice;
 use fs_core::Volume;
-use fs_core::check::check;
+use fs_core::check::{Options, check};
+use fs_core::repair;
+use mkfs::FormatOptions;
 use rand::RngExt;
 use rand::seq::IndexedRandom;
 
@@ -29,6 +32,17 @@ pub struct Outcome {
     pub found: bool,
     /// The volume was mounted and all of it was read.
     pub read: bool,
+}
+
+/// What became of a repair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Repaired {
+    /// There was nothing to do.
+    Nothing,
+    /// The volume was made sound.
+    Sound,
+    /// It was refused, or left something, and said why.
+    Not(String),
 }
 
 impl Target {
@@ -93,14 +107,10 @@ impl Target {
         let device: Arc<dyn BlockDevice> = device;
         let mut outcome = Outcome::default();
         let result = guarded(seed, || {
-            let rt = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-            let rt = rt.map_err(|e| e.to_string())?;
-            let checked = rt.block_on(async { tokio::time::timeout(PATIENCE, check(&device, None)).await });
-            let checked = checked.map_err(|_| "the check does not end")?;
+            let checked = paused(check(&device, None), "the check")?;
             // Unknown features are for newer programs: a mount refuses to write.
             outcome.found = checked.as_ref().map_or(true, |r| !r.is_clean() || r.read_only_features != 0);
-            let read = rt.block_on(async { tokio::time::timeout(PATIENCE, walk(device.clone())).await });
-            let read = read.map_err(|_| "mounting and reading does not end")?;
+            let read = paused(walk(device.clone()), "mounting and reading")?;
             outcome.read = read.is_ok();
             match read {
                 Err(e) if !outcome.found => Err(format!("fsck finds nothing, but {e}")),
@@ -110,6 +120,78 @@ impl Target {
         result.map_err(|e| format!("seed {seed} ({what}): {e}"))?;
         Ok(outcome)
     }
+}
+
+impl Target {
+    /// What fsck -y repairs is sound: a second run finds nothing, and all of it can be read.
+    pub fn repair(&self, seed: u64) -> Result<Repaired, String> {
+        let (device, what) = self.device(seed);
+        let device: Arc<dyn BlockDevice> = device;
+        let mut repaired = Repaired::Nothing;
+        let result = guarded(seed, || {
+            let first = paused(repair::run(&device, true, Options::default(), seed, None), "the repair")?;
+            let first = match first {
+                Ok(outcome) => outcome,
+                Err(e) => {
+                    repaired = Repaired::Not(e.to_string());
+                    return Ok(());
+                }
+            };
+            if let Some(left) = first.left.first() {
+                repaired = Repaired::Not(format!("{}: {}", left.place, left.text));
+                return Ok(());
+            }
+            if !first.report.is_clean() {
+                return Err(format!("nothing was left to do, but {:?}", first.report.violations));
+            }
+            if !first.repairs.is_empty() {
+                repaired = Repaired::Sound;
+            }
+            let again = paused(repair::run(&device, true, Options::default(), seed + 1, None), "the second repair")?;
+            match again {
+                Ok(o) if o.repairs.is_empty() && o.left.is_empty() => {}
+                Ok(o) => return Err(format!("a second run finds {:?} {:?}", o.repairs, o.left)),
+                Err(e) => return Err(format!("a second run: {e}")),
+            }
+            paused(walk(device.clone()), "mounting and reading")?
+        });
+        result.map_err(|e| format!("seed {seed} ({what}): {e}"))?;
+        Ok(repaired)
+    }
+
+    /// mkfs destroys nothing that it was not told to destroy, and what it makes has nothing of what was there.
+    pub fn remake(&self, seed: u64) -> Result<(), String> {
+        let (device, what) = self.device(seed);
+        let (before, shared) = (device.image(), device.clone() as Arc<dyn BlockDevice>);
+        let result = guarded(seed, || {
+            let careful = FormatOptions { nodes: Some(3), journal_size: Some(1 << 20), ..FormatOptions::seeded(seed) };
+            let last = before.len() - BLOCK;
+            let named = [0, last].iter().any(|at| before[*at..].starts_with(b"CLUSTRFS"));
+            if named {
+                match paused(mkfs::format(&shared, &careful, &mut |_| {}), "mkfs")? {
+                    Ok(_) => return Err("mkfs destroyed a volume".into()),
+                    Err(_) if device.image() != before => return Err("mkfs wrote before it refused".into()),
+                    Err(_) => {}
+                }
+            }
+            let forced = FormatOptions { force: true, ..careful };
+            paused(mkfs::format(&shared, &forced, &mut |_| {}), "mkfs")?.map_err(|e| format!("mkfs --force: {e}"))?;
+            let report = paused(check(&shared, None), "the check")?.map_err(|e| format!("the new volume: {e}"))?;
+            if !report.is_clean() {
+                return Err(format!("the new volume: {:?}", report.violations));
+            }
+            paused(walk(shared.clone()), "mounting and reading")?
+        });
+        result.map_err(|e| format!("seed {seed} ({what}): {e}"))
+    }
+}
+
+/// Runs something to its end, within its patience.
+fn paused<T>(work: impl Future<Output = T>, name: &str) -> Result<T, String> {
+    let rt = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    let rt = rt.map_err(|e| e.to_string())?;
+    let done = rt.block_on(async { tokio::time::timeout(PATIENCE, work).await });
+    done.map_err(|_| format!("{name} does not end"))
 }
 
 async fn walk(device: Arc<dyn BlockDevice>) -> Result<(), String> {

@@ -230,6 +230,9 @@ impl Target {
         let disk =
             ["--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", &lun, "--blocksize", &size];
         self.admin(&disk)?;
+        // As arrays do: UNMAP gives blocks back, to the file's filesystem here.
+        let thin = ["--op", "update", "--mode", "logicalunit", "--tid", "1", "--lun", "1"];
+        self.admin(&[&thin[..], &["--params", "thin_provisioning=1"]].concat())?;
         self.admin(&["--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL"])
     }
 

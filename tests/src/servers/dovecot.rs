@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::accounts::{GID, Store, UID};
-use super::process::{Process, address, free_port, installed};
+use super::process::{Process, address, free_ports, installed};
 use crate::cluster::{Cluster, Result};
 
 const PROGRAM: &str = "/usr/sbin/dovecot";
@@ -36,7 +36,7 @@ impl Dovecot {
         }
         fs::create_dir_all(dir)?;
         let at = address(node);
-        let (imap, lmtp, pop3) = (free_port(at)?, free_port(at)?, free_port(at)?);
+        let [imap, lmtp, pop3] = free_ports(at)?;
         let log = dir.join("dovecot.log");
         let config = dir.join("dovecot.conf");
         let text = format!(

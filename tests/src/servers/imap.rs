@@ -93,9 +93,13 @@ impl Imap {
         self.run(&format!("UID MOVE {uid} {mailbox}"))
     }
 
-    pub fn expunge(&mut self, uid: u32) -> io::Result<()> {
+    /// Whether the message is gone: UID EXPUNGE removes it only if its flag \Deleted is still there.
+    pub fn expunge(&mut self, uid: u32) -> io::Result<bool> {
         self.add_flags(uid, "\\Deleted")?;
-        self.run(&format!("UID EXPUNGE {uid}"))
+        self.run(&format!("UID EXPUNGE {uid}"))?;
+        let found = self.command(&format!("UID SEARCH UID {uid}"))?;
+        let line = found.iter().find_map(|a| a.text.strip_prefix("SEARCH")).ok_or_else(|| unexpected("no SEARCH"))?;
+        Ok(line.trim().is_empty())
     }
 
     /// Waits in IDLE until there are at least `exists` messages; returns how many there are then, or last were.

@@ -4,8 +4,9 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-/// The longest that a server may think about a command.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// The longest that a server may think about a command: Dovecot takes a lock file that a dead process of another host left for
+/// abandoned after two minutes.
+const PATIENCE: Duration = Duration::from_secs(150);
 
 pub struct Line {
     stream: BufReader<TcpStream>,

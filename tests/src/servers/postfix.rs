@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::accounts::{GID, Store, UID, USERS};
-use super::process::{Process, address, free_port, installed};
+use super::process::{Process, address, free_ports, installed};
 use crate::cluster::{Cluster, Result};
 use crate::sys::chown;
 
@@ -19,7 +19,10 @@ const MASTER: &str = "/usr/lib/postfix/sbin/master";
 /// What a log must not have.
 const FAULTS: [&str; 6] = ["error:", "fatal:", "panic:", "warning:", "status=bounced", "status=deferred"];
 /// A recipient's domain says who delivers.
-pub const ROUTES: [&str; 3] = ["lmtp.example", "virtual.example", "local.example"];
+pub const BY_LMTP: &str = "lmtp.example";
+pub const BY_VIRTUAL: &str = "virtual.example";
+pub const BY_LOCAL: &str = "local.example";
+pub const ROUTES: [&str; 3] = [BY_LMTP, BY_VIRTUAL, BY_LOCAL];
 /// Messages that have not been delivered are in these.
 const QUEUES: [&str; 5] = ["maildrop", "incoming", "active", "deferred", "hold"];
 /// The other directories of a queue, with modes as Postfix itself makes them.
@@ -50,7 +53,7 @@ impl Postfix {
         fs::create_dir_all(&data)?;
         chown(&data, id(c"postfix")?.0, 0)?;
         make_queue(queue)?;
-        let smtp = free_port(address(node))?;
+        let [smtp] = free_ports(address(node))?;
         let root = cluster.mount_point(node);
         fs::write(conf.join("main.cf"), main_cf(node, dir, queue, &root, settings, lmtp))?;
         fs::write(conf.join("master.cf"), master_cf(smtp))?;
@@ -79,12 +82,17 @@ impl Postfix {
         self.log().lines().filter(|l| FAULTS.iter().any(|f| l.contains(f))).map(str::to_owned).collect()
     }
 
-    /// Messages that it has accepted and not delivered, as they are in its queue.
+    /// Messages that it has accepted and not delivered, as they are in its queue. What it was about to accept when it was
+    /// killed stays in `incoming` and is not executable, which is how Postfix marks what is complete: it delivers only that.
     pub fn waiting(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         for q in QUEUES {
             files_below(&self.queue.join(q), &mut found);
         }
+        let incoming = self.queue.join("incoming");
+        found.retain(|f| {
+            !f.starts_with(&incoming) || fs::metadata(f).is_ok_and(|m| m.permissions().mode() & 0o100 != 0)
+        });
         found
     }
 
@@ -139,7 +147,6 @@ fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
 }
 
 fn main_cf(node: usize, dir: &Path, queue: &Path, root: &Path, settings: &str, lmtp: SocketAddr) -> String {
-    let [by_lmtp, by_virtual, by_local] = ROUTES;
     format!(
         "compatibility_level = 3.6
 queue_directory = {queue}
@@ -147,7 +154,7 @@ data_directory = {dir}/data
 maillog_file = {dir}/postfix.log
 maillog_file_prefixes = {dir}
 myhostname = node{node}.example
-mydestination = {by_local}
+mydestination = {BY_LOCAL}
 inet_interfaces = loopback-only
 inet_protocols = ipv4
 mynetworks = 127.0.0.0/8
@@ -157,7 +164,7 @@ lmtp_dns_support_level = disabled
 alias_maps = texthash:{dir}/aliases
 alias_database =
 local_recipient_maps =
-virtual_mailbox_domains = {by_virtual}, {by_lmtp}
+virtual_mailbox_domains = {BY_VIRTUAL}, {BY_LMTP}
 virtual_mailbox_base = {root}
 virtual_mailbox_maps = texthash:{dir}/conf/boxes
 virtual_mailbox_limit = 0
@@ -165,7 +172,7 @@ mailbox_size_limit = 0
 virtual_minimum_uid = 1
 virtual_uid_maps = static:{UID}
 virtual_gid_maps = static:{GID}
-transport_maps = inline:{{ {{ {by_lmtp} = lmtp:inet:[{ip}]:{port} }} }}
+transport_maps = inline:{{ {{ {BY_LMTP} = lmtp:inet:[{ip}]:{port} }} }}
 minimal_backoff_time = 1s
 maximal_backoff_time = 2s
 queue_run_delay = 1s

@@ -1,10 +1,11 @@
 //! A server process with all that it starts: in one process group, which ends with it.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cluster::{Cluster, Result};
@@ -31,14 +32,49 @@ pub fn address(node: usize) -> Ipv4Addr {
     Ipv4Addr::new(127, b, c, 10 + node as u8)
 }
 
-/// A port of `address` that nobody uses.
-pub fn free_port(address: Ipv4Addr) -> io::Result<SocketAddr> {
-    TcpListener::bind((address, 0))?.local_addr()
+/// Ports of `address` that nobody uses.
+pub fn free_ports<const N: usize>(address: Ipv4Addr) -> io::Result<[SocketAddr; N]> {
+    let mut ports = [SocketAddr::from((address, 0)); N];
+    // Kept until all are known: one that was let go may be given again.
+    let mut taken = Vec::new();
+    for port in &mut ports {
+        let listener = TcpListener::bind((address, 0))?;
+        *port = listener.local_addr()?;
+        taken.push(listener);
+    }
+    Ok(ports)
+}
+
+/// Kills a server's process group once the process that started the server is gone, however that ended. The kernel's signal at
+/// the death of a parent does not do: it is forgotten when a process changes its user, as Postfix's master does when it starts.
+struct Guard {
+    child: Child,
+}
+
+impl Guard {
+    const DISMISSED: &str = "dismissed";
+
+    fn of(group: u32) -> io::Result<Self> {
+        let script = format!("read line; test \"$line\" = {} || kill -s KILL -- -{group}", Self::DISMISSED);
+        let mut command = Command::new("/bin/sh");
+        // Ctrl-C is for the test, the guard outlives it.
+        command.args(["-c", &script]).process_group(0).stdin(Stdio::piped());
+        Ok(Self { child: command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()? })
+    }
+
+    /// The group has ended: its number may be another's from now on.
+    fn dismiss(&mut self) -> io::Result<()> {
+        if let Some(mut input) = self.child.stdin.take() {
+            writeln!(input, "{}", Self::DISMISSED)?;
+        }
+        self.child.wait().map(drop)
+    }
 }
 
 pub struct Process {
     name: String,
     child: Child,
+    guard: Guard,
     output: PathBuf,
 }
 
@@ -48,9 +84,10 @@ impl Process {
         let output = dir.join(format!("{name}.out"));
         let out = File::options().create(true).append(true).open(&output)?;
         adopt_orphans()?;
-        command.current_dir(dir).stdin(std::process::Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        command.current_dir(dir).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
         let child = cluster.spawn(command).map_err(|e| format!("{name}: {e}"))?;
-        Ok(Self { name: name.to_owned(), child, output })
+        let guard = Guard::of(child.id())?;
+        Ok(Self { name: name.to_owned(), child, guard, output })
     }
 
     /// Waits until it accepts connections at `at`.
@@ -133,5 +170,8 @@ fn adopt_orphans() -> io::Result<()> {
 impl Drop for Process {
     fn drop(&mut self) {
         self.stop();
+        if let Err(e) = self.guard.dismiss() {
+            eprintln!("the guard of {}: {e}", self.name);
+        }
     }
 }

@@ -1,22 +1,31 @@
 //! A mail site: a cluster whose nodes all run mail servers on the one volume.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::accounts::{Store, make_homes};
+use super::accounts::{Store, USERS, home, make_homes};
 use super::dovecot::Dovecot;
 use super::imap::Imap;
 use super::pop3::Pop3;
 use super::postfix::Postfix;
 use super::smtp::Smtp;
+use super::traffic::ARCHIVE;
 use crate::cluster::{Cluster, Result};
 
-/// Until a queue is empty: deferred messages are tried again every second or two.
-const DRAIN: Duration = Duration::from_secs(60);
+/// Until a queue is empty: deferred messages are tried again every second or two, but a lock file that a dead process left may stand
+/// in their way for two minutes.
+const DRAIN: Duration = Duration::from_secs(180);
+
+/// Set in the environment: the same servers on one directory of the local filesystem, to tell their faults from ours.
+const LOCAL: &str = "CLUSTERFS_LOCAL";
+
+/// Dovecot locks a UID list for milliseconds, and for as long as it waits for a dead node's recovery.
+const STALE: Duration = Duration::from_secs(5);
 
 /// Where a node's Postfix keeps its queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +76,10 @@ pub struct Site {
 impl Site {
     /// For a test: a fresh volume and servers on `nodes` nodes.
     pub fn start(nodes: usize, settings: Settings) -> Self {
-        let cluster = Cluster::start(nodes);
+        let cluster = match std::env::var_os(LOCAL) {
+            None => Cluster::start(nodes),
+            Some(_) => Cluster::local(nodes).unwrap_or_else(|e| panic!("{e}")),
+        };
         Self::serve(cluster, nodes, settings).unwrap_or_else(|e| panic!("{e}"))
     }
 
@@ -116,6 +128,27 @@ impl Site {
         s.postfix.forget_log()?;
         s.dovecot.forget_log()?;
         s.postfix.waiting_ids()
+    }
+
+    /// What an administrator may do after a death: removes lock files of maildirs' UID lists that are older than any live process
+    /// keeps one. Dovecot itself takes them over two minutes after they were made.
+    pub fn remove_stale_locks(&self, node: usize) -> io::Result<()> {
+        for user in USERS {
+            let inbox = home(&self.cluster.mount_point(node), user).join("Maildir");
+            for mailbox in [inbox.join(format!(".{ARCHIVE}")), inbox] {
+                let lock = mailbox.join("dovecot-uidlist.lock");
+                let age = match fs::metadata(&lock) {
+                    Ok(found) => found.modified()?.elapsed().unwrap_or_default(),
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                    Err(e) => return Err(e),
+                };
+                if age > STALE {
+                    println!("removing {} after {age:.1?}", lock.display());
+                    fs::remove_file(&lock)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// What `of` says of a node's servers.

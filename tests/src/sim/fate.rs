@@ -3,19 +3,28 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockdev::sim::{FaultRates, OpKind};
+use blockdev::sim::OpKind;
 use blockdev::{BlockDevice, FencingKind};
+use cluster::{SlotBlock, SlotState};
 use fs_core::ROOT_INO;
+use fs_core::check::Report;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::bulk::{Bulk, Kind};
 use super::client::{Client, DIR, WHO};
+use super::device;
+use super::emptying;
 use super::locker::{Locked, Locker};
 use super::mail::{Mail, Mailer};
+use super::opened::{Opened, Opener};
 use super::shared::{Racer, Shared};
 use super::world::{Host, Outcome, Stop, World};
+
+/// Longer than a volume's rounds of background work are apart.
+const BURIAL: Duration = Duration::from_secs(40);
 
 /// Runs a whole seed.
 pub async fn live(world: Arc<World>) -> Result<(), String> {
@@ -54,17 +63,28 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     let mail = Mail::make(world, &first, ROOT_INO).await?;
     let shared = Shared::make(world, &first, ROOT_INO).await?;
     let locked = Locked::make(world, &first, ROOT_INO).await?;
+    let opened = Opened::make(world, &first, ROOT_INO).await?;
     let mut roots = Vec::new();
     for c in 0..world.setup.clients {
         let name = format!("tree{c}");
         let made = world.done(&first, "mkdir", first.volume.mkdir(WHO, ROOT_INO, name.as_bytes(), DIR)).await?;
         roots.push(made.value.ino);
     }
+    let mut in_bulk = Vec::new();
+    let kind = if world.setup.small() { Kind::Fill } else { Kind::Burst };
+    for i in 0..world.setup.bulk {
+        let name = format!("bulk{i}");
+        let made = world.done(&first, "mkdir", first.volume.mkdir(WHO, ROOT_INO, name.as_bytes(), DIR)).await?;
+        in_bulk.push(Bulk::new(world.clone(), kind, i, made.value.ino));
+    }
     world.done(&first, "sync", first.volume.sync()).await?;
     for index in 1..world.setup.hosts {
         world.start(index, None).await?;
     }
-    let (mut clients, mut mailers) = (JoinSet::new(), JoinSet::new());
+    let (mut clients, mut mailers, mut bulk) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
+    for b in in_bulk {
+        bulk.spawn(b.live());
+    }
     for (i, root) in roots.into_iter().enumerate() {
         clients.spawn(Client::new(world.clone(), i, root).live());
     }
@@ -77,6 +97,9 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     for i in 0..world.setup.lockers() {
         mailers.spawn(Locker::new(world.clone(), locked.clone(), i).live());
     }
+    for i in 0..world.setup.openers {
+        mailers.spawn(Opener::new(world.clone(), opened.clone(), i).live());
+    }
     accidents(world, &mut rng).await?;
     world.over.store(true, std::sync::atomic::Ordering::Relaxed);
     world.changed.notify_waiters();
@@ -84,8 +107,12 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     while let Some(client) = clients.join_next().await {
         all.push(client.map_err(|e| world.fail(format!("a client ended: {e}")))?);
     }
+    let mut in_bulk = Vec::new();
+    while let Some(b) = bulk.join_next().await {
+        in_bulk.push(b.map_err(|e| world.fail(format!("a client ended: {e}")))?);
+    }
     while mailers.join_next().await.is_some() {}
-    end(world, &mut rng, all, mail, shared).await
+    end(world, &mut rng, all, Left { mail, shared, opened, in_bulk }).await
 }
 
 /// What happens while the clients work.
@@ -108,29 +135,22 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
                 }
             }
             45..52 if !live.is_empty() => blackout(world, rng).await?,
-            60..64 => {
-                // Shorter than any lease: everybody gets over it.
-                let stall = Duration::from_millis(rng.random_range(100..3000));
-                world.note(format_args!("the device stalls for {} ms", stall.as_millis()));
-                world.accident();
-                world.disk.stall(stall);
-                tokio::time::sleep(stall).await;
-                world.accident();
-                tokio::time::sleep(Duration::from_secs(2)).await;
-            }
-            64..70 if live.len() > 1 && world.setup.losses => {
+            60..63 => device::stall(world, rng).await,
+            63..66 if !live.is_empty() && world.setup.losses => device::outage(world, rng).await?,
+            66..68 if !live.is_empty() && world.setup.losses => device::deaf(world, rng).await?,
+            68..70 if live.len() > 1 && world.setup.losses => {
                 let wakes = Duration::from_millis(rng.random_range(0..25_000));
                 let dies = Duration::from_millis(rng.random_range(0..5_000));
                 world.lose(&live[rng.random_range(0..live.len())], rng.random_bool(0.5), wakes, dies);
             }
             70..73 if !live.is_empty() => {
                 let host = &live[rng.random_range(0..live.len())];
-                hiccup(world, rng, host).await
+                device::hiccup(world, rng, host).await
             }
-            73..76 => slow(world, rng).await,
+            73..76 => device::slow(world, rng).await,
             76..79 if world.setup.clock_jumps => world.jump_clock(rng),
             79..83 if world.setup.net_faults => world.upset_network(rng),
-            83..88 if world.setup.errors => errors(world, rng).await,
+            83..88 if world.setup.errors => device::errors(world, rng).await,
             52..60 if live.len() > 1 => {
                 let host = live[rng.random_range(0..live.len())].clone();
                 match world.leave(&host).await {
@@ -148,64 +168,6 @@ async fn accidents(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
         }
     }
     Ok(())
-}
-
-/// A node hangs for less than its lease: it must get over it, and so must everybody else.
-async fn hiccup(world: &Arc<World>, rng: &mut StdRng, host: &Host) {
-    let time = Duration::from_millis(rng.random_range(100..3000));
-    world.note(format_args!("{} hangs for {} ms", host.name(), time.as_millis()));
-    world.accident();
-    host.dev.hang(true);
-    tokio::time::sleep(time).await;
-    host.dev.hang(false);
-    world.accident();
-    // It renews its lease before the next accident: two in a row may be longer than one lease.
-    tokio::time::sleep(Duration::from_secs(2)).await;
-}
-
-/// The device answers, but takes its time: less than would end a lease.
-async fn slow(world: &Arc<World>, rng: &mut StdRng) {
-    let most = rng.random_range(50_000..400_000);
-    world.note(format_args!("the device takes up to {} ms", most / 1000));
-    world.disk.set_latency(1000..=most);
-    for _ in 0..rng.random_range(1..4) {
-        world.slow_for(Duration::from_secs(1));
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-    let usual = world.setup.latency_us;
-    world.disk.set_latency(usual.0..=usual.1);
-    // What had to wait for hundreds of slow commands.
-    world.accident();
-}
-
-/// Commands fail for a while. What fails at compare-and-writes alone everybody gets over (I9); of the rest a node may die, but it
-/// must say so and take nobody with it.
-async fn errors(world: &Arc<World>, rng: &mut StdRng) {
-    let time = Duration::from_millis(rng.random_range(50..1500));
-    let p = [0.01, 0.05, 0.3][rng.random_range(0..3)];
-    let mut rates = FaultRates::default();
-    match rng.random_range(0..6) {
-        0 => rates.read_error = p,
-        1 => rates.write_error = p,
-        2 => rates.write_unknown = p,
-        3 => rates.flush_error = p,
-        4 => (rates.caw_unknown, rates.caw_miscompare) = (p, p / 3.0),
-        _ => {
-            let at = rng.random_range(0..world.disk.geometry().size >> 16) << 16;
-            world.disk.fail_reads(at..at + (1 << 18));
-            world.disk.fail_writes(at..at + (1 << 17));
-        }
-    }
-    world.note(format_args!("for {} ms {rates:?}", time.as_millis()));
-    let harmless = rates.caw_unknown > 0.0;
-    world.errors(!harmless, true);
-    world.disk.set_rates(rates);
-    world.slow_for(time);
-    tokio::time::sleep(time).await;
-    world.disk.set_rates(FaultRates::default());
-    world.disk.heal();
-    world.errors(!harmless, false);
-    world.accident();
 }
 
 /// All nodes die at once, with or without the device's cache.
@@ -227,13 +189,15 @@ async fn blackout(world: &Arc<World>, rng: &mut StdRng) -> Outcome<()> {
     Ok(())
 }
 
-async fn end(
-    world: &Arc<World>,
-    rng: &mut StdRng,
-    mut clients: Vec<Client>,
+/// What clients of all nodes shared.
+struct Left {
     mail: Arc<Mail>,
     shared: Arc<Shared>,
-) -> Outcome<()> {
+    opened: Arc<Opened>,
+    in_bulk: Vec<Bulk>,
+}
+
+async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mut left: Left) -> Outcome<()> {
     world.calm_network();
     while world.lost() {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -261,15 +225,58 @@ async fn end(
     for client in &mut clients {
         client.look(&host).await?;
     }
-    mail.look(world, &host).await?;
-    shared.check(world, &host).await?;
-    // What the dead left to be freed has been freed, or waits in the volume.
+    left.mail.look(world, &host).await?;
+    left.shared.check(world, &host).await?;
+    left.opened.look(world, &host).await?;
+    for b in &mut left.in_bulk {
+        b.look(&host).await?;
+    }
+    if world.setup.emptied {
+        emptying::remove_all(world, &host).await?;
+    }
+    dead_are_buried(world, &host).await?;
+    // What the dead left to be freed has been freed.
     world.leave(&host).await?;
-    fsck(world, "at the end").await
+    let report = fsck(world, "at the end").await?;
+    if report.orphans > 0 {
+        let n = report.orphans;
+        return Err(world.fail(format!("{n} files without a name stay, with nobody there who has them open")));
+    }
+    if !world.setup.emptied || emptying::is_back(world, report.blocks_free) {
+        return Ok(());
+    }
+    emptying::fill(world).await?;
+    let free = fsck(world, "when it was filled and emptied").await?.blocks_free;
+    match emptying::is_back(world, free) {
+        true => Ok(()),
+        false => {
+            Err(world.fail(format!("{free} blocks are free of {}, and there are no files", world.setup.free_blocks())))
+        }
+    }
+}
+
+/// The last node recovers all that died, and in the background frees what only they had open.
+async fn dead_are_buried(world: &Arc<World>, last: &Host) -> Outcome<()> {
+    let layout = world.setup.layout();
+    let me = last.volume.node().slot;
+    let waits = |slot: u16| {
+        let block = world.disk.read_raw(layout.slots + u64::from(slot) * layout.stride, layout.stride as usize);
+        // Never used, or free.
+        SlotBlock::decode(&block, layout.volume, slot).is_ok_and(|b| b.state != SlotState::Free)
+    };
+    let until = Instant::now() + 2 * world.setup.patience();
+    while let Some(slot) = (0..layout.nodes).find(|s| *s != me && waits(*s)) {
+        if Instant::now() > until {
+            return Err(world.fail(format!("{} has not recovered slot {slot}", last.name())));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    tokio::time::sleep(BURIAL).await;
+    Ok(())
 }
 
 /// The check of a volume that nobody has mounted: with the journals of the dead replayed in memory.
-async fn fsck(world: &Arc<World>, when: &str) -> Outcome<()> {
+async fn fsck(world: &Arc<World>, when: &str) -> Outcome<Report> {
     if world.setup.fencing != FencingKind::ProcessLock {
         // A heartbeat on its way from a node that died looks like life.
         tokio::time::sleep(world.setup.late_write_delay).await;
@@ -278,7 +285,7 @@ async fn fsck(world: &Arc<World>, when: &str) -> Outcome<()> {
     let report = fs_core::check::check(&raw, None).await;
     let report = report.map_err(|e| world.fail(format!("fsck {when}: {e}")))?;
     if report.is_clean() {
-        return Ok(());
+        return Ok(report);
     }
     let all: Vec<String> = report.violations.iter().take(20).map(|v| v.to_string()).collect();
     Err(world.fail(format!("fsck {when} finds {}: {}", report.violation_count, all.join("; "))))

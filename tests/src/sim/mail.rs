@@ -315,6 +315,10 @@ impl Mailer {
         let what = format!("{} {what} of message {id} to {place:?}", self.name);
         let done = match self.world.tried(host, &what, op).await? {
             Ok(done) => done,
+            Err("ENOSPC") if place.is_some() && self.world.setup.small() => {
+                set_pending(None);
+                return Ok(None);
+            }
             Err(errno) => {
                 set_pending(None);
                 let lost = self.mail.messages.lock().get(&id).is_some_and(|m| m.unresolved());
@@ -376,7 +380,15 @@ impl Mailer {
         let Some(ino) = made.map(|m| m.value.ino) else { return Ok(()) };
         if !body.is_empty() {
             let op = v.write(ino, 0, &body, fs_core::WriteOptions::default());
-            self.world.done(host, &format!("{} write of message {id}", self.name), op).await?;
+            let what = format!("{} write of message {id}", self.name);
+            match self.world.tried(host, &what, op).await?.map(drop) {
+                Ok(()) => {}
+                // Not accepted: what was begun is removed like any message.
+                Err("ENOSPC") if self.world.setup.small() => {
+                    return self.world.call(host, "close", v.release(ino)).await;
+                }
+                Err(e) => return Err(self.world.fail(format!("{} {what}: {e}", host.name()))),
+            }
         }
         self.fsync(host, ino).await?;
         if let Some(m) = self.mail.messages.lock().get_mut(&id) {

@@ -10,13 +10,22 @@
 //! - survivors get on within a few seconds; nobody hangs;
 //! - the check of fsck finds nothing, neither with the journals of the dead unreplayed nor at the end.
 //!
-//! [`world`] has the hosts and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
-//! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks, [`witness`] what the device sees, [`fate`] the accidents and the end, [`soak`] runs seeds on all cores.
+//! [`world`] has the hosts ([`host`]) and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
+//! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks,
+//! [`opened`] files that are removed while open, [`bulk`] floods of changes and full volumes, [`emptying`] what is left when all is
+//! removed, [`witness`] what the device sees, [`fate`] the accidents ([`device`] those of the device) and the end, [`soak`] runs seeds on all cores,
+//! [`kept`] keeps those that failed.
 
+mod bulk;
 mod client;
+mod device;
+mod emptying;
 mod fate;
+mod host;
+pub mod kept;
 mod locker;
 mod mail;
+mod opened;
 mod setup;
 mod shared;
 pub mod soak;
@@ -42,6 +51,8 @@ pub struct Totals {
     pub crashes: u64,
     /// Losses of all nodes at once.
     pub blackouts: u64,
+    /// Times that a client found the volume full.
+    pub full: u64,
     /// Mounts, of which all but the first of each host follow a crash or an unmount.
     pub mounts: u64,
     /// Trees and messages compared with what was allowed after a crash.
@@ -56,6 +67,7 @@ impl Totals {
         self.operations += other.operations;
         self.crashes += other.crashes;
         self.blackouts += other.blackouts;
+        self.full += other.full;
         self.mounts += other.mounts;
         self.verified += other.verified;
         self.digest ^= other.digest;
@@ -105,13 +117,15 @@ const BOUND: Duration = Duration::from_secs(3600);
 const REAL_BOUND: Duration = Duration::from_secs(180);
 
 /// Ends the process when a run does not end: nothing can stop its thread. Ends with the value returned.
-fn watch(world: Arc<World>) -> Sender<()> {
+fn watch(world: Arc<World>, endless: impl FnOnce(&Failure) + Send + 'static) -> Sender<()> {
     let (running, ended) = channel();
     std::thread::spawn(move || {
         if ended.recv_timeout(REAL_BOUND) == Err(RecvTimeoutError::Timeout) {
             let what = format!("it does not end ({} s): some task turns in a circle", REAL_BOUND.as_secs());
             let setup = format!("{:?}", world.setup);
-            eprintln!("{}", Failure { seed: world.setup.seed, what, setup, tail: world.trace.tail() });
+            let failure = Failure { seed: world.setup.seed, what, setup, tail: world.trace.tail() };
+            endless(&failure);
+            eprintln!("{failure}");
             std::process::exit(101);
         }
     });
@@ -120,11 +134,20 @@ fn watch(world: Arc<World>) -> Sender<()> {
 
 /// Runs a seed. `verbose` prints every event as it happens.
 pub fn run(seed: u64, verbose: bool) -> Result<Totals, Box<Failure>> {
+    run_watched(seed, verbose, |_| {})
+}
+
+/// ... and is told of a run that does not end, before the process does.
+pub fn run_watched(
+    seed: u64,
+    verbose: bool,
+    endless: impl FnOnce(&Failure) + Send + 'static,
+) -> Result<Totals, Box<Failure>> {
     catch_panics();
     PANIC.take();
     let setup = Setup::new(seed);
     let world = World::new(setup.clone(), verbose);
-    let _watch = watch(world.clone());
+    let _watch = watch(world.clone(), endless);
     let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let done = match rt {
         Ok(rt) => rt.block_on(async {

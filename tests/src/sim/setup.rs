@@ -12,8 +12,12 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 const SIZE: u64 = 64 << 20;
+/// Of volumes that fill up: with the smallest journals, one to three groups.
+const SMALL: [u64; 3] = [18 << 20, 24 << 20, 36 << 20];
 /// Not the two minutes of a real initiator, or a run would be mostly waiting.
 const QUEUE: Duration = Duration::from_secs(5);
+/// The smallest that can be made.
+const SMALL_JOURNAL: u64 = 1 << 20;
 /// Slots: no more than the hosts need, so that slots of the dead are adopted.
 const NODES: u16 = 4;
 
@@ -53,6 +57,16 @@ pub struct Setup {
     pub think_ms: u64,
     /// Locks without compare-and-write.
     pub plain: bool,
+    /// Clients that keep files open.
+    pub openers: usize,
+    /// Of the device.
+    pub size: u64,
+    /// Clients that write in bulk: until the volume is full where it is small, else until the journal is.
+    pub bulk: usize,
+    /// Freed blocks are discarded.
+    pub discard: bool,
+    /// At the end everything is removed, and the free space compared with that of the beginning.
+    pub emptied: bool,
 }
 
 impl Setup {
@@ -68,7 +82,7 @@ impl Setup {
         // Where nothing can fence, a node is waited out: nothing may arrive later than that.
         let late = [0, 3, 20][rng.random_range(0..3)];
         let late = if fencing == FencingKind::Reservations { late } else { late.min(4) };
-        Self {
+        let mut s = Self {
             seed,
             hosts,
             clients: rng.random_range(1..=hosts.min(4)),
@@ -94,7 +108,29 @@ impl Setup {
             think_ms: pick(&mut rng, &[20, 100, 200]),
             // Where nothing fences: others' nodes are waited out in any case.
             plain: fencing == FencingKind::None && rng.random_bool(0.5),
+            openers: if rng.random_bool(0.5) { rng.random_range(1..=hosts.min(4)) } else { 0 },
+            size: SIZE,
+            bulk: 0,
+            discard: seed.is_multiple_of(3),
+            emptied: rng.random_bool(0.4),
+        };
+        match rng.random_range(0..100) {
+            0..8 => s.fills_up(&mut rng),
+            8..18 => (s.bulk, s.journal_bytes) = (rng.random_range(1..=3), SMALL_JOURNAL),
+            _ => {}
         }
+        s
+    }
+
+    fn fills_up(&mut self, rng: &mut StdRng) {
+        self.size = SMALL[rng.random_range(0..SMALL.len())];
+        (self.bulk, self.journal_bytes, self.openers) = (rng.random_range(1..=2), SMALL_JOURNAL, 0);
+        self.emptied = true;
+    }
+
+    /// The volume fills up.
+    pub fn small(&self) -> bool {
+        self.size < SIZE
     }
 
     /// Longest time an operation may take after the last accident: a survivor notices a dead process within a heartbeat,
@@ -120,17 +156,27 @@ impl Setup {
         timeouts(self.queue)
     }
 
-    fn nodes(&self) -> u16 {
+    pub fn nodes(&self) -> u16 {
         NODES.max(self.hosts as u16)
     }
 
+    fn made(&self) -> Made {
+        let (size, journal_bytes, plain) = (self.size, self.journal_bytes, self.plain);
+        made(Shape { size, journal_bytes, nodes: self.nodes(), plain })
+    }
+
+    /// Free blocks of the volume before the first mount.
+    pub fn free_blocks(&self) -> u64 {
+        self.made().free_blocks
+    }
+
     pub fn layout(&self) -> cluster::Layout {
-        made(self.journal_bytes, self.nodes(), self.plain).1
+        self.made().layout
     }
 
     /// A device with an empty volume.
     pub fn disk(&self) -> Arc<SimDisk> {
-        let mut cfg = SimConfig::new(SIZE, self.seed);
+        let mut cfg = SimConfig::new(self.size, self.seed);
         cfg.fencing = self.fencing;
         cfg.write_cache = self.write_cache;
         cfg.split_writes = self.split_writes;
@@ -139,7 +185,7 @@ impl Setup {
         }
         cfg.late_write_delay = self.late_write_delay;
         cfg.latency_us = self.latency_us.0..=self.latency_us.1;
-        SimDisk::from_snapshot(cfg, &made(self.journal_bytes, self.nodes(), self.plain).0)
+        SimDisk::from_snapshot(cfg, &self.made().image)
     }
 }
 
@@ -147,25 +193,37 @@ fn timeouts(queue: Duration) -> Timeouts {
     Timeouts { queue_ms: queue.as_millis() as u32, ..Timeouts::default() }
 }
 
-type Made = (Arc<SimImage>, cluster::Layout);
-/// Bytes of a journal, nodes, whether the locks are plain.
-type Kind = (u64, u16, bool);
-
-/// Volumes are made once per process; they do not depend on the seed.
-fn made(journal_bytes: u64, nodes: u16, plain: bool) -> Made {
-    static MADE: OnceLock<Mutex<BTreeMap<Kind, Made>>> = OnceLock::new();
-    let mut made = MADE.get_or_init(Default::default).lock();
-    made.entry((journal_bytes, nodes, plain)).or_insert_with(|| make(journal_bytes, nodes, plain)).clone()
+/// A volume as mkfs leaves it.
+#[derive(Clone)]
+struct Made {
+    image: Arc<SimImage>,
+    layout: cluster::Layout,
+    free_blocks: u64,
 }
 
-fn make(journal_bytes: u64, nodes: u16, plain: bool) -> Made {
-    let disk = SimDisk::new(SimConfig::new(SIZE, 7));
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Shape {
+    size: u64,
+    journal_bytes: u64,
+    nodes: u16,
+    plain: bool,
+}
+
+/// Volumes are made once per process; they do not depend on the seed.
+fn made(shape: Shape) -> Made {
+    static MADE: OnceLock<Mutex<BTreeMap<Shape, Made>>> = OnceLock::new();
+    let mut made = MADE.get_or_init(Default::default).lock();
+    made.entry(shape).or_insert_with(|| make(shape)).clone()
+}
+
+fn make(shape: Shape) -> Made {
+    let disk = SimDisk::new(SimConfig::new(shape.size, 7));
     let raw: Arc<dyn BlockDevice> = disk.open_raw();
     let opts = mkfs::FormatOptions {
-        nodes: Some(nodes),
-        journal_size: Some(journal_bytes),
+        nodes: Some(shape.nodes),
+        journal_size: Some(shape.journal_bytes),
         timeouts: timeouts(QUEUE),
-        locks: if plain { mkfs::Locks::Plain } else { mkfs::Locks::CompareAndWrite },
+        locks: if shape.plain { mkfs::Locks::Plain } else { mkfs::Locks::CompareAndWrite },
         ..mkfs::FormatOptions::seeded(7)
     };
     let rt = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
@@ -174,7 +232,11 @@ fn make(journal_bytes: u64, nodes: u16, plain: bool) -> Made {
         s.spawn(|| rt.map(|rt| rt.block_on(mkfs::format(&raw, &opts, &mut |_| {})))).join()
     });
     match made {
-        Ok(Ok(Ok(made))) => (Arc::new(disk.snapshot()), made.superblock.layout().cluster()),
+        Ok(Ok(Ok(made))) => Made {
+            image: Arc::new(disk.snapshot()),
+            layout: made.superblock.layout().cluster(),
+            free_blocks: made.free_blocks,
+        },
         other => panic!("mkfs of the simulated device: {other:?}"),
     }
 }

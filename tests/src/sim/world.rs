@@ -1,14 +1,14 @@
-//! The hosts of a run: nodes that live, die and come back, and how clients call them.
+//! All hosts of a run: nodes that live, die and come back, and how clients call them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use blockdev::FencingKind;
-use blockdev::sim::{NodeMode, SimDisk, SimNode};
+use blockdev::sim::SimDisk;
 use cluster::simnet::{NetRates, SimNet, SimPort};
-use cluster::{ClusterError, HintNet};
-use fs_core::{Atime, FsError, MountConfig, MountError, NoKernelCache, Time, Volume, WallClock};
+use cluster::{ClusterError, HintNet, SlotBlock, SlotState};
+use fs_core::{Atime, FsError, MountConfig, MountError, NoKernelCache, Volume};
 use parking_lot::Mutex;
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -16,120 +16,11 @@ use tokio::sync::Notify;
 use tokio::time::{Duration, Instant};
 
 use super::Totals;
+use super::host::SimClock;
+pub use super::host::{Ack, Host, Outcome, Promise, Seat, Stop};
 use super::setup::Setup;
 use super::trace::Trace;
 use super::witness::Witness;
-
-/// Why a client stops what it does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Its node is gone: go on elsewhere.
-    Down,
-    /// Something failed; the run is over.
-    Failed,
-}
-
-pub type Outcome<T> = Result<T, Stop>;
-
-/// Counts the changes of all nodes in the order in which they were acknowledged.
-pub type Ack = u64;
-
-/// One life of a host as a node.
-pub struct Host {
-    pub index: usize,
-    pub life: u32,
-    pub dev: Arc<SimNode>,
-    pub volume: Arc<Volume>,
-    port: Option<Arc<SimPort>>,
-    /// Hung or cut off for too long: given up by everybody, though it may wake up yet.
-    lost: AtomicBool,
-    given_up: Notify,
-    /// Commands of this node failed: from then on it may fail, once.
-    faulty: AtomicBool,
-    /// About to unmount: clients go elsewhere.
-    pub retiring: AtomicBool,
-    /// Clients that work here.
-    pub users: AtomicUsize,
-    pub promise: Mutex<Promise>,
-}
-
-/// What a node must not lose, and what it has been found to have lost.
-#[derive(Clone, Copy, Debug)]
-pub struct Promise {
-    /// Names and inodes: all changes up to this one are durable.
-    pub durable: Ack,
-    /// Contents: all up to this one are durable.
-    pub synced: Ack,
-    /// After its crash: changes up to the first were found, those from the second on were not.
-    pub found: Ack,
-    pub lost: Ack,
-}
-
-impl Host {
-    pub fn name(&self) -> String {
-        format!("h{}.{}", self.index, self.life)
-    }
-
-    pub fn dead(&self) -> bool {
-        if self.faulty.load(Relaxed) && self.volume.has_failed() {
-            // By a failed command in the background, which no operation has been told of yet.
-            self.dev.crash();
-        }
-        self.lost.load(Relaxed) || self.dev.mode() == NodeMode::Crashed
-    }
-
-    /// Waits for the end of this life.
-    async fn ended(&self) {
-        let given_up = self.given_up.notified();
-        tokio::pin!(given_up);
-        given_up.as_mut().enable();
-        if self.dead() {
-            return;
-        }
-        tokio::select! {
-            biased;
-            () = self.dev.crashed() => {}
-            () = given_up => {}
-        }
-    }
-
-    /// A sync of the whole node that began when `upto` was the latest change has been acknowledged.
-    pub fn synced(&self, upto: Ack) {
-        let mut p = self.promise.lock();
-        p.synced = p.synced.max(upto);
-        p.durable = p.durable.max(upto);
-    }
-
-    /// The same of an fsync.
-    pub fn fsynced(&self, upto: Ack) {
-        let mut p = self.promise.lock();
-        p.durable = p.durable.max(upto);
-    }
-}
-
-/// A client's place on a host.
-pub struct Seat {
-    pub host: Arc<Host>,
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.host.users.fetch_sub(1, Relaxed);
-    }
-}
-
-/// A host's wall clock, which is set now and then. Nothing but time stamps may depend on it.
-struct SimClock {
-    started: Instant,
-    offset: Arc<AtomicI64>,
-}
-
-impl WallClock for SimClock {
-    fn now(&self) -> Time {
-        let t = self.started.elapsed();
-        Time { secs: self.offset.load(Relaxed) + t.as_secs() as i64, nanos: t.subsec_nanos() }
-    }
-}
 
 pub struct World {
     pub setup: Setup,
@@ -365,6 +256,9 @@ impl World {
             return Ok(None);
         }
         let volume = mounted.map_err(|e| self.fail(format!("{name} cannot mount: {e}")))?;
+        if self.setup.discard {
+            volume.discard_freed_blocks();
+        }
         self.totals.lock().mounts += 1;
         self.note(format_args!("{name} is {}", volume.node()));
         let host = Arc::new(Host {
@@ -419,10 +313,7 @@ impl World {
         } else {
             host.dev.hang(true);
         }
-        host.lost.store(true, Relaxed);
-        host.given_up.notify_waiters();
-        self.accident();
-        self.changed.notify_waiters();
+        self.lost_to_all(host);
         let (world, host) = (self.clone(), host.clone());
         tokio::spawn(async move {
             tokio::time::sleep(wakes).await;
@@ -435,6 +326,23 @@ impl World {
             tokio::time::sleep(dies).await;
             host.dev.crash();
         });
+    }
+
+    /// As [`World::lose`] of a node to which something else happens.
+    pub fn given_up(&self, host: &Arc<Host>, dies: Duration) {
+        self.lost_to_all(host);
+        let host = host.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(dies).await;
+            host.dev.crash();
+        });
+    }
+
+    fn lost_to_all(&self, host: &Host) {
+        host.lost.store(true, Relaxed);
+        host.given_up.notify_waiters();
+        self.accident();
+        self.changed.notify_waiters();
     }
 
     /// Unmounts a host; its clients have gone or are going.
@@ -482,6 +390,16 @@ impl World {
         Seat { host: host.clone() }
     }
 
+    fn recovery_goes_on(&self) -> bool {
+        let layout = self.setup.layout();
+        (0..layout.nodes).any(|slot| {
+            let at = layout.slots + u64::from(slot) * layout.stride;
+            let block = self.disk.read_raw(at, layout.stride as usize);
+            SlotBlock::decode(&block, layout.volume, slot)
+                .is_ok_and(|b| matches!(b.state, SlotState::Recovering { .. }))
+        })
+    }
+
     // ---- calls -------------------------------------------------------------------------------------------------
 
     /// Runs an operation of a host to its end, unless the host dies; it must end in time.
@@ -509,9 +427,16 @@ impl World {
     ) -> Outcome<T> {
         let started = Instant::now();
         let in_time = async {
+            let mut links = 0;
             loop {
-                let due = self.last_accident().map_or(started, |a| a.max(started)) + patience;
+                let since = self.last_accident().map_or(started, |a| a.max(started));
+                let due = since + patience + links * self.setup.timeouts().heartbeat();
                 if Instant::now() >= due {
+                    // Recoverers that died in turn are recovered one after the other, each a heartbeat later.
+                    if links + 2 < u32::from(self.setup.nodes()) && self.recovery_goes_on() {
+                        links += 1;
+                        continue;
+                    }
                     return;
                 }
                 tokio::time::sleep_until(due).await;
@@ -570,6 +495,7 @@ fn errno(e: &FsError) -> Option<&'static str> {
         FsError::NotDir => "ENOTDIR",
         FsError::Invalid => "EINVAL",
         FsError::NotPermitted => "EPERM",
+        FsError::NoSpace => "ENOSPC",
         _ => return None,
     })
 }

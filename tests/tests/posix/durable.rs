@@ -92,3 +92,28 @@ fn everything_after_fsync_of_the_root() {
     }
     c.finish();
 }
+
+/// ... without any fsync, on a mount that was told so.
+#[test]
+fn every_change_of_a_directory_with_dirsync() {
+    type Change = fn(&Path);
+    let changes: [(&str, Change); 4] = [
+        ("made", |d| drop(File::create(d.join("made")).unwrap())),
+        ("directory", |d| fs::create_dir(d.join("directory")).unwrap()),
+        ("linked", |d| fs::hard_link(d.join("made"), d.join("linked")).unwrap()),
+        ("removed", |d| fs::remove_file(d.join("linked")).unwrap()),
+    ];
+    let c = Cluster::formatted(3, 1 << 30).unwrap();
+    c.mount(1).unwrap();
+    let there = c.mount_point(1);
+    for (name, change) in changes {
+        c.mount_with(0, "dirsync").unwrap();
+        change(&c.mount_point(0));
+        c.kill9(0).unwrap();
+        match name {
+            "removed" => assert!(!there.join("linked").exists()),
+            _ => assert!(there.join(name).exists(), "{name}"),
+        }
+    }
+    c.finish();
+}

@@ -6,8 +6,8 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use clusterfs_tests::cluster::Cluster;
 use clusterfs_tests::sys::Map;
@@ -242,5 +242,65 @@ fn who_looks_beside_a_writer_leaves_nothing_old() {
         results.into_iter().for_each(|r| r.unwrap());
     });
     assert_eq!(fs::metadata(path(1)).unwrap().len() as usize, LONGEST);
+    c.finish();
+}
+
+/// A log that one node appends to is looked up by its names on the other, which has read it, again and again: the kernel must
+/// learn each time that it has grown, while the directory goes to and fro. Once a lookup kept the directory while it asked for it
+/// again, and both nodes stood still.
+#[test]
+fn a_log_that_grows_is_looked_up_by_its_name() {
+    const APPENDS: usize = 400;
+    /// One lookup of a name at a time is all that the kernel asks for.
+    const NAMES: usize = 8;
+    const STANDSTILL: Duration = Duration::from_secs(10);
+    let c = Cluster::start(2);
+    let dirs = mailbox(&c, 2);
+    let log = |node: usize, name: usize| dirs[node].join(format!("log{name}"));
+    fs::write(log(0, 0), RECORD).unwrap();
+    (1..NAMES).for_each(|name| fs::hard_link(log(0, 0), log(0, name)).unwrap());
+    let (over, looks, appends) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+    let append = || -> std::io::Result<()> {
+        let mut f = File::options().append(true).open(log(1, 0))?;
+        while !over.load(Relaxed) {
+            f.write_all(&RECORD)?;
+            appends.fetch_add(1, Relaxed);
+            let seen = looks.load(Relaxed);
+            while looks.load(Relaxed) < seen + NAMES && !over.load(Relaxed) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        Ok(())
+    };
+    let look = |name: usize| -> std::io::Result<()> {
+        while !over.load(Relaxed) {
+            let size = fs::metadata(log(0, name))?.len();
+            File::open(log(0, name))?.read_exact_at(&mut [0], size - 1)?;
+            looks.fetch_add(1, Relaxed);
+        }
+        Ok(())
+    };
+    std::thread::scope(|s| {
+        let mut all: Vec<_> = (0..NAMES).map(|name| s.spawn(move || look(name))).collect();
+        all.push(s.spawn(append));
+        let steps = || (looks.load(Relaxed), appends.load(Relaxed));
+        let (mut before, mut moved) = (steps(), Instant::now());
+        while before.1 < APPENDS && moved.elapsed() < STANDSTILL {
+            std::thread::sleep(Duration::from_millis(20));
+            if steps() != before {
+                (before, moved) = (steps(), Instant::now());
+            }
+        }
+        over.store(true, Relaxed);
+        let stands = before.1 < APPENDS;
+        if stands {
+            // Or the threads would never end.
+            (0..2).for_each(|n| c.kill9(n).unwrap());
+        }
+        let results: Vec<_> = all.into_iter().map(|t| t.join().unwrap()).collect();
+        println!("{} looks, {} appends", before.0, before.1);
+        assert!(!stands, "both nodes stand still");
+        results.into_iter().for_each(|r| r.unwrap());
+    });
     c.finish();
 }

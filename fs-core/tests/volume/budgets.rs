@@ -1,13 +1,11 @@
 //! Device commands per operation, in a maildir. Counts repeat exactly where seconds do not: the device is simulated, the
 //! clock is paused, and what membership costs (heartbeats) is a class of its own that is left out.
 
-mod common;
-
 use std::sync::Arc;
 
+use crate::common::{WHO, dir, disk, file, mount};
 use blockdev::ClassStats;
 use blockdev::sim::SimDisk;
-use common::{WHO, dir, disk, file, mount};
 use fs_core::{ROOT_INO, Rename, Volume, WriteOptions};
 
 const MESSAGE: usize = 16 << 10;

@@ -1,13 +1,11 @@
 //! File locks of several nodes on the simulated device: exclusion, waking, order, and what they cost.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use crate::common::{WHO, check_clean, dir, disk, file, mount, mount_on};
 use blockdev::sim::SimDisk;
-use common::{WHO, check_clean, dir, disk, file, mount, mount_on};
 use fs_core::{FileLock, FsError, HeldLock, ROOT_INO, Space, TO_THE_END, Volume, WriteOptions};
 use tokio::time::Instant;
 

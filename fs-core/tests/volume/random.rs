@@ -1,11 +1,9 @@
 //! Random operations on random nodes, one at a time, against a model: every node shows the latest state of all.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use common::{WHO, dir, disk, file, mount};
+use crate::common::{WHO, dir, disk, file, mount};
 use fs_core::{Fallocate, FsError, ROOT_INO, Rename, SetAttr, Volume, WriteOptions};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -277,7 +275,7 @@ async fn run(seed: u64, steps: usize) {
         assert!(v.read(*ino, 0, 1 << 20).await.expect("read").value == *body, "seed {seed}: contents after remount");
     }
     v.unmount().await.expect("unmount");
-    common::check_clean(&disk, seed).await;
+    crate::common::check_clean(&disk, seed).await;
 }
 
 #[test]

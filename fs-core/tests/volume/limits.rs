@@ -1,8 +1,6 @@
 //! As much as there may be of something, on the simulated device.
 
-mod common;
-
-use common::{WHO, check_clean, dir, disk, file, mount};
+use crate::common::{WHO, check_clean, dir, disk, file, mount};
 use fs_core::{FsError, ROOT_INO, SetAttr, WriteOptions};
 
 #[tokio::test(start_paused = true)]

@@ -1,12 +1,10 @@
 //! A block that the device wrote to another block's place is never believed there: whoever needs what was there gets an error
 //! that names the place.
 
-mod common;
-
 use std::sync::Arc;
 
+use crate::common::{WHO, dir, disk, file, mount};
 use blockdev::sim::{SimConfig, SimDisk, SimImage};
-use common::{WHO, dir, disk, file, mount};
 use fs_core::{FsError, ROOT_INO, Volume, WriteOptions};
 
 const FILES: u32 = 40;

@@ -1,14 +1,12 @@
 //! The device acknowledges a write and loses it: an older state of the block stays in its place, sound in itself. Nobody may believe
 //! it: whoever needs the block gets an error that names it, and fsck says so and repairs.
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::common::{WHO, check_clean, dir, disk, file, mount, try_mount};
 use blockdev::BlockDevice;
 use blockdev::sim::{SimConfig, SimDisk, SimImage, WriteFault};
-use common::{WHO, check_clean, dir, disk, file, mount, try_mount};
 use fs_core::check::Options;
 use fs_core::{FsError, ROOT_INO, Rename, Volume, WriteOptions};
 use journal::block::BlockError;

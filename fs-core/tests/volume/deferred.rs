@@ -1,12 +1,11 @@
-//! Frees that a node put off because another had the group: their space comes back, whoever dies, and whoever recovers him.
-
-mod common;
+//! Free space on several nodes: how others see it; frees that a node put off because another had the group: their space comes back, whoever
+//! dies, and whoever recovers him.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::common::{WHO, check_clean, disk, file, mount, mount_on, mount_read_only};
 use blockdev::sim::SimDisk;
-use common::{WHO, check_clean, disk, file, mount, mount_on, mount_read_only};
 use fs_core::{FsError, ROOT_INO, Volume, WriteOptions};
 
 const SIZE: usize = 20 << 20;
@@ -57,4 +56,21 @@ async fn a_full_volume_finds_what_a_dead_node_had_put_off() {
     looker.unmount().await.expect("unmount");
     let later = room(&disk).await;
     assert!(later + PIECE >= fresh, "{later} bytes found room, {fresh} on a fresh volume");
+}
+
+/// What one node takes and frees, the others' `df` shows within seconds, though nobody asks for the group.
+#[tokio::test(start_paused = true)]
+async fn free_space_is_seen_by_others() {
+    const BYTES: u64 = 8 << 20;
+    let disk = disk(64 << 20).await;
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    let free = async || b.statfs().await.expect("statfs").free * 4096;
+    let before = free().await;
+    let f = a.mknod(WHO, ROOT_INO, b"large", file(), false).await.expect("create").value.ino;
+    a.write(f, 0, &vec![7; BYTES as usize], WriteOptions::default()).await.expect("write");
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert!(before.abs_diff(free().await + BYTES) < 1 << 20, "{} of {before} bytes are free", free().await);
+    a.unlink(ROOT_INO, b"large").await.expect("unlink");
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert!(before.abs_diff(free().await) < 1 << 20, "{} of {before} bytes are free", free().await);
 }

@@ -1,14 +1,12 @@
 //! Volumes are damaged and repaired: the check finds nothing afterwards, and what could be read is still there.
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::common::{WHO, check_clean, dir, disk, file, mount, mount_on, try_mount};
 use blockdev::BlockDevice;
 use blockdev::sim::{OpKind, SimConfig, SimDisk};
 use cluster::LockId;
-use common::{WHO, check_clean, dir, disk, file, mount, mount_on, try_mount};
 use fs_core::check::Options;
 use fs_core::format::layout::VolumeLayout;
 use fs_core::format::superblock::Superblock;

@@ -1,11 +1,9 @@
 //! Large directories and full volumes. `CLUSTERFS_SCALE=full` makes the directory of a million entries instead of 60,000
 //! (minutes instead of seconds).
 
-mod common;
-
 use std::collections::BTreeMap;
 
-use common::{WHO, check_clean, dir, disk, file, mount};
+use crate::common::{WHO, check_clean, dir, disk, file, mount};
 use fs_core::{FsError, ROOT_INO, Volume, WriteOptions};
 
 fn entries() -> u32 {

@@ -1,5 +1,4 @@
 //! A simulated device with a volume on it, and mounts of it.
-#![allow(dead_code)]
 
 use std::sync::Arc;
 
@@ -55,7 +54,7 @@ pub async fn try_mount(disk: &Arc<SimDisk>, name: &str) -> Result<Arc<Volume>, M
     Volume::mount(config(disk.open(name), name)).await
 }
 
-fn config(device: Arc<SimNode>, name: &str) -> MountConfig {
+pub fn config(device: Arc<SimNode>, name: &str) -> MountConfig {
     MountConfig {
         device,
         net: None,

@@ -1,13 +1,11 @@
 //! Files without a name that some node has open: they stay usable, and their space comes back once nobody has them open,
 //! whoever dies in between.
 
-mod common;
-
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{WHO, check_clean, dir, disk, file, mount, mount_on};
-use fs_core::{FsError, ROOT_INO, Volume, WriteOptions};
+use crate::common::{WHO, check_clean, config, dir, disk, file, mount, mount_on};
+use fs_core::{FsError, MountConfig, ROOT_INO, Volume, WriteOptions};
 
 const SIZE: usize = 1 << 20;
 
@@ -78,6 +76,37 @@ async fn the_opener_dies() {
     check_clean(&disk, 0).await;
 }
 
+/// The unlinker holds the domain all the time, under a grant that says that the dead one has files open.
+#[tokio::test(start_paused = true)]
+async fn the_opener_dies_and_the_unlinker_keeps_the_domain() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let (a, b) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await);
+    let (d, f) = open_file(&a).await;
+    b.unlink(d, b"msg").await.expect("unlink");
+    dev.crash();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    goes(&b, f).await;
+    b.unmount().await.expect("unmount");
+    none_left(&disk).await;
+}
+
+/// The same, and the file is removed when the opener has long been gone.
+#[tokio::test(start_paused = true)]
+async fn unlinked_after_the_death_of_the_opener() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let (a, b) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await);
+    let (d, f) = open_file(&a).await;
+    b.mknod(WHO, d, b"next", file(), false).await.expect("b holds the domain");
+    dev.crash();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    b.unlink(d, b"msg").await.expect("unlink");
+    goes(&b, f).await;
+    b.unmount().await.expect("unmount");
+    none_left(&disk).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_unlinker_dies() {
     let disk = disk(64 << 20).await;
@@ -92,6 +121,51 @@ async fn the_unlinker_dies() {
     goes(&a, f).await;
     a.unmount().await.expect("unmount");
     check_clean(&disk, 0).await;
+}
+
+/// Whoever recovers a node frees its unnamed files before he leaves.
+#[tokio::test(start_paused = true)]
+async fn the_recoverer_leaves_at_once() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let (a, b) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await);
+    let (d, f) = open_file(&a).await;
+    a.unlink(d, b"msg").await.expect("unlink");
+    a.sync().await.expect("sync");
+    assert!(a.getattr(f).await.is_ok(), "open here");
+    dev.crash();
+    b.mknod(WHO, d, b"next", file(), false).await.expect("the domain is used again");
+    b.unmount().await.expect("unmount");
+    none_left(&disk).await;
+}
+
+/// The recoverer may change nothing: then whoever mounts next does, in whatever slot.
+#[tokio::test(start_paused = true)]
+async fn the_recoverer_only_reads() {
+    let disk = disk(64 << 20).await;
+    let dev = disk.open("a");
+    let a = mount_on(dev.clone(), "a").await;
+    let read_only = MountConfig { read_only: true, ..config(disk.open("b"), "b") };
+    let b = Volume::mount(read_only).await.expect("mount");
+    let (d, f) = open_file(&a).await;
+    a.unlink(d, b"msg").await.expect("unlink");
+    a.sync().await.expect("sync");
+    assert!(a.getattr(f).await.is_ok(), "open here");
+    dev.crash();
+    b.getattr(d).await.expect("recovered");
+    let slot = b.node().slot;
+    b.unmount().await.expect("unmount");
+    let b = mount(&disk, "b").await;
+    assert_eq!(b.node().slot, slot, "the dead node's slot stays vacant");
+    b.unmount().await.expect("unmount");
+    none_left(&disk).await;
+}
+
+async fn none_left(disk: &Arc<blockdev::sim::SimDisk>) {
+    check_clean(disk, 0).await;
+    let raw: Arc<dyn blockdev::BlockDevice> = disk.open_raw();
+    let report = fs_core::check::check(&raw, None).await.expect("check");
+    assert_eq!((report.orphans, report.bytes), (0, 0));
 }
 
 /// The next exclusive holder may lose the domain before it has cleaned up: then the one after it does.

@@ -1,12 +1,10 @@
 //! A domain number is used again as soon as its directory is gone, while somebody may still ask for an inode of before.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{WHO, check_clean, dir, disk, file, mount};
+use crate::common::{WHO, check_clean, dir, disk, file, mount};
 use fs_core::{FsError, ROOT_INO, SetAttr, Volume};
 
 /// Asks for inodes that are gone, over and over: each time their domains' locks are taken for it.

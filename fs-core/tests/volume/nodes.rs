@@ -1,8 +1,6 @@
 //! Volumes on a simulated device: one node, then several, on the paused clock.
 
-mod common;
-
-use common::{WHO, dir, disk, file, mount, mount_on};
+use crate::common::{WHO, dir, disk, file, mount, mount_on};
 use fs_core::{Fallocate, FsError, ROOT_INO, Rename, SetAttr, Whence, WriteOptions};
 
 #[tokio::test(start_paused = true)]
