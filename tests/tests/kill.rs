@@ -373,6 +373,8 @@ fn open_files_without_a_name_outlive_either_node() {
             assert!(began.elapsed() < Duration::from_secs(10), "node {victim} is not recovered");
             std::thread::sleep(Duration::from_millis(50));
         }
+        // Until the survivor knows, too: it looks once a second.
+        std::thread::sleep(Duration::from_secs(3));
         drop(open);
         for name in ["replaced", "cut"] {
             fs::remove_file(c.mount_point(survivor).join(name)).unwrap();
