@@ -23,7 +23,9 @@ const WHOLE: u64 = 4200;
 
 /// Room in the running transaction for one operation, until it is installed or given up.
 #[derive(Debug)]
-pub struct Room(#[allow(dead_code)] OwnedSemaphorePermit);
+pub struct Room {
+    _permit: OwnedSemaphorePermit,
+}
 
 /// A block whose record is durable and that is not in its place yet.
 pub(crate) struct Logged {
@@ -252,7 +254,7 @@ impl Journal {
         if self.state.lock().running.changes.len() as u64 > largest(self.region) / 2 {
             self.commit().await?;
         }
-        Ok(Room(permit))
+        Ok(Room { _permit: permit })
     }
 
     /// Runs `work` in a task of its own: a caller that goes away must not leave writes in flight that nobody waits for, or
