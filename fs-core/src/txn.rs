@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use cluster::{LockId, Mode, Tenure};
 use journal::block::{BlockHeader, BlockKind};
-use journal::{BLOCK_SIZE, Block, Change, DataWrite, Install, RecordNo};
+use journal::{BLOCK_SIZE, Block, Change, DataWrite, Install, RecordNo, Room};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use crate::alloc::{Purpose, SpaceChange};
@@ -121,6 +121,8 @@ pub struct Txn<'v> {
     pub vol: &'v Volume,
     admitted: BTreeMap<u32, Admitted>,
     purpose: Purpose,
+    /// In the journal, for who changes something. A revocation has none: it may be what those wait for that have.
+    room: Option<Room>,
     blocks: BTreeMap<u64, TxBlock>,
     headers: BTreeMap<u32, TxHeader>,
     space: SpaceChange,
@@ -147,7 +149,11 @@ impl<'v> Txn<'v> {
             let ticket = vol.enter_with_pages(&domain.hold, mode, pages_of).await?;
             admitted.insert(id, (domain, mode, ticket));
         }
-        Ok(Self::admit(vol, plan.purpose, admitted).await)
+        let mut tx = Self::admit(vol, plan.purpose, admitted).await;
+        if plan.writes() {
+            tx.room = Some(vol.journal.room().await.map_err(|e| vol.journal_failed(e))?);
+        }
+        Ok(tx)
     }
 
     /// For a revocation that has blocked all other operations of the domain. The plan may name others too: what is freed
@@ -179,6 +185,7 @@ impl<'v> Txn<'v> {
             vol,
             admitted: all,
             purpose,
+            room: None,
             blocks: BTreeMap::new(),
             headers: BTreeMap::new(),
             space: SpaceChange::default(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fs_core::{Attr, Caller, Fallocate, FsError, Leased, NewNode, ROOT_INO, Rename, Volume};
 use fs_core::{Whence, WriteOptions, XattrSet};
-use fuse_session::abi::{FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, WRITE_CACHE, WRITE_KILL_SUIDGID};
+use fuse_session::abi::{WRITE_CACHE, WRITE_KILL_SUIDGID};
 use fuse_session::{EntryOut, Forget, Handler, InitConfig, InitFlags, InitRequest, Negotiated, Op, Reply, Request};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -43,6 +43,7 @@ pub struct Server {
 
 impl Handler for Server {
     fn init(&self, _offer: &InitRequest) -> InitConfig {
+        // Not ATOMIC_O_TRUNC: the kernel would have us empty a running program before it says ETXTBSY.
         let flags = InitFlags::ASYNC_READ
             | InitFlags::BIG_WRITES
             | InitFlags::MAX_PAGES
@@ -53,7 +54,6 @@ impl Handler for Server {
             | InitFlags::POSIX_ACL
             | InitFlags::DONT_MASK
             | InitFlags::CACHE_SYMLINKS
-            | InitFlags::ATOMIC_O_TRUNC
             | InitFlags::HANDLE_KILLPRIV_V2
             | InitFlags::DIRECT_IO_ALLOW_MMAP
             | InitFlags::POSIX_LOCKS
@@ -74,8 +74,9 @@ impl Handler for Server {
     fn request(&self, request: Request, reply: Reply) {
         self.counters.count(&request.op);
         let Some(reply) = self.known.helper.answer(&request, reply) else { return };
-        if report::pid_is_asked(&request) {
-            return report::tell_pid(&request, reply);
+        if let Some(size) = report::pid_asked(&request) {
+            reply.xattr(size, std::process::id().to_string().as_bytes());
+            return;
         }
         let (membership, known, reporter) = (self.membership.clone(), self.known.clone(), self.reporter.clone());
         let dirsync = self.dirsync;
@@ -123,19 +124,6 @@ pub(crate) struct Job {
     pub dirsync: bool,
     /// Last: the membership ends when all that was done in it has been let go.
     pub pass: Pass,
-}
-
-/// An open that is taken back if nobody gets it.
-struct Opened<'a> {
-    volume: &'a Arc<Volume>,
-    ino: u64,
-}
-
-impl Drop for Opened<'_> {
-    fn drop(&mut self) {
-        let (volume, ino) = (self.volume.clone(), self.ino);
-        tokio::spawn(async move { volume.release(ino).await });
-    }
 }
 
 type Result<T> = std::result::Result<T, FsError>;
@@ -256,7 +244,7 @@ impl Job {
                 let q = LockRequest { ino, handle: fh, owner, lock, flock };
                 self.setlk(q, true, reply, interrupt).await;
             }
-            Op::Opendir { .. } => match v.open(ino, false).await {
+            Op::Opendir { .. } => match v.open(ino).await {
                 Ok(held) => {
                     self.known.open_check(ino);
                     self.opened(ino, reply.open(self.pass.handle(), 0)).await;
@@ -346,7 +334,7 @@ impl Job {
     }
 
     /// The name of a file that was synced is durable before it is told; with `dirsync` every change of a directory is.
-    async fn durable<T>(&self, changed: Result<Leased<T>>) -> Result<Leased<T>> {
+    pub(crate) async fn durable<T>(&self, changed: Result<Leased<T>>) -> Result<Leased<T>> {
         if changed.as_ref().is_ok_and(|held| held.names_synced || self.dirsync) {
             self.volume.commit_name().await?;
         }
@@ -377,81 +365,6 @@ impl Job {
             }
             Ok(held) => {
                 send(reply, &held);
-            }
-            Err(e) => fail(&e, reply),
-        }
-    }
-
-    async fn open(&self, ino: u64, flags: u32, reply: Reply) {
-        let truncate = flags & libc::O_TRUNC as u32 != 0;
-        match self.volume.open(ino, truncate).await {
-            Ok(held) => {
-                self.known.open_check(ino);
-                self.opened(ino, reply.open(self.pass.handle(), open_flags(flags))).await;
-                drop(held);
-            }
-            Err(e) => fail(&e, reply),
-        }
-    }
-
-    /// The kernel did not take the open file: it will not release it either.
-    async fn opened(&self, ino: u64, taken: bool) {
-        if !taken {
-            self.volume.release(ino).await;
-        }
-    }
-
-    async fn create(&self, who: Caller, parent: u64, name: &[u8], flags: u32, new: NewNode, reply: Reply) {
-        loop {
-            match self.volume.mknod(who, parent, name, new, true).await {
-                Err(FsError::Exists) if flags & libc::O_EXCL as u32 == 0 => {}
-                made => return self.created(self.made_durable(made).await, flags, reply).await,
-            }
-            // Somebody else made it since the kernel looked.
-            match self.open_existing(parent, name, flags).await {
-                Err(FsError::NotFound | FsError::Stale) => {}
-                opened => return self.created(opened, flags, reply).await,
-            }
-        }
-    }
-
-    /// As [`Job::durable`], of a file that was opened as it was made.
-    async fn made_durable(&self, made: Result<Leased<Attr>>) -> Result<Leased<Attr>> {
-        if !self.dirsync {
-            return made;
-        }
-        let opened = made.as_ref().ok().map(|held| Opened { volume: &self.volume, ino: held.value.ino });
-        let made = self.durable(made).await;
-        if made.is_ok() {
-            std::mem::forget(opened);
-        }
-        made
-    }
-
-    async fn open_existing(&self, parent: u64, name: &[u8], flags: u32) -> Result<Leased<Attr>> {
-        let found = self.volume.lookup(parent, name).await?.value;
-        let found = found.ok_or(FsError::NotFound)?;
-        if !found.inode.is_file() {
-            return Err(if found.inode.is_dir() { FsError::IsDir } else { FsError::Exists });
-        }
-        // No lease is kept over the next call: it would wait for a revocation that waits for this lease.
-        drop(self.volume.open(found.ino, flags & libc::O_TRUNC as u32 != 0).await?);
-        let opened = Opened { volume: &self.volume, ino: found.ino };
-        let held = self.volume.getattr(found.ino).await?;
-        std::mem::forget(opened);
-        Ok(held)
-    }
-
-    async fn created(&self, made: Result<Leased<Attr>>, flags: u32, reply: Reply) {
-        match made {
-            Ok(held) => {
-                let e = convert::made(&held.value, held.cacheable);
-                let mut taken = false;
-                self.give_entry(&e, |e| {
-                    taken = reply.create(e, self.pass.handle(), open_flags(flags));
-                    taken
-                });
-                self.opened(held.value.ino, taken).await;
             }
             Err(e) => fail(&e, reply),
         }
@@ -540,17 +453,6 @@ pub(crate) fn plain(r: Result<()>, reply: Reply) {
     match r {
         Ok(()) => drop(reply.ok()),
         Err(e) => fail(&e, reply),
-    }
-}
-
-/// Pages stay valid over an open: a revocation drops them. Who may write goes around the page cache: a write through it
-/// keeps its page locked until it is answered, which waits for the exclusive mode, while a revocation of the shared mode
-/// waits for the page. It also lets us say where an append ends up, not the size that the kernel knows. Every close is to be
-/// told: it ends the locks of its process.
-fn open_flags(flags: u32) -> u32 {
-    match (flags & libc::O_ACCMODE as u32) as i32 {
-        libc::O_RDONLY => FOPEN_KEEP_CACHE,
-        _ => FOPEN_KEEP_CACHE | FOPEN_DIRECT_IO,
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `daemon` | going to the background once the mount is usable, logging there |
 //! | `mount` | from a device's name to a served mount point, and back |
 //! | `handler` | requests of the kernel to operations of the volume |
+//! | `open` | OPEN, CREATE and TMPFILE |
 //! | `growth` | telling the kernel that a file has grown |
 //! | `interrupt` | signals to processes that wait for an answer |
 //! | `file_locks` | fcntl and flock |
@@ -31,6 +32,7 @@ mod listing;
 pub mod lost;
 pub mod membership;
 pub mod mount;
+mod open;
 pub mod options;
 pub mod report;
 pub mod wake;

@@ -102,7 +102,6 @@ impl Losses {
 fn changes(op: &Op) -> bool {
     match op {
         Op::Write { write_flags, .. } => write_flags & WRITE_CACHE == 0,
-        Op::Open { flags, .. } => flags & libc::O_TRUNC as u32 != 0,
         Op::Setattr(_)
         | Op::Symlink { .. }
         | Op::Mknod { .. }

@@ -3,18 +3,15 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
-use clap::error::ErrorKind;
 use fuse_mount::daemon::{Forked, Syslog, detach, fork};
 use fuse_mount::mount::{Error, serve};
-use fuse_mount::options::{Cli, Options};
+use fuse_mount::options::{Cli, Options, USAGE, command_line};
 use fuse_mount::wake::helper;
 
 /// Blocks are 4096 bytes at multiples of 4096: the C library's allocator spends twice as much memory on each.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const USAGE: u8 = 1;
 const SYSTEM: u8 = 2;
 const FAILED: u8 = 32;
 
@@ -23,14 +20,9 @@ fn main() -> ExitCode {
     if args.next().is_some_and(|a| a == helper::ARGUMENT) {
         return helper::run(args);
     }
-    let cli = match Cli::try_parse() {
+    let cli: Cli = match command_line() {
         Ok(cli) => cli,
-        Err(e) => {
-            let shown = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-            // Standard output or error may be closed; the status still tells.
-            let _ = e.print();
-            return ExitCode::from(if shown { 0 } else { USAGE });
-        }
+        Err(status) => return status,
     };
     let options = match Options::parse(&cli) {
         Ok(options) => options,

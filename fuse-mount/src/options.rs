@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 use fs_core::{Atime, MountConfig};
 
 /// Mount a clusterfs volume.
@@ -35,6 +37,19 @@ pub struct Cli {
     /// Do not write /etc/mtab: nobody does any more
     #[arg(short = 'n')]
     pub no_mtab: bool,
+}
+
+/// Exit status of mount(8) and umount(8) for a wrong call.
+pub const USAGE: u8 = 1;
+
+/// The command line of a program, or the status to end with once what is to be said has been.
+pub fn command_line<T: Parser>() -> Result<T, ExitCode> {
+    T::try_parse().map_err(|e| {
+        let shown = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+        // Standard output or error may be closed; the status still tells.
+        let _ = e.print();
+        ExitCode::from(if shown { 0 } else { USAGE })
+    })
 }
 
 /// How nodes tell each other what they want.

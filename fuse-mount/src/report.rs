@@ -108,25 +108,21 @@ struct Period {
 
 /// Whether a request is for the report.
 pub fn is_asked(request: &Request) -> bool {
-    asks_for(request, REPORT_XATTR)
+    asks_for(request, REPORT_XATTR).is_some()
 }
 
-/// Whether a request is for the process number. It is answered whether this is a node at the moment or not.
-pub fn pid_is_asked(request: &Request) -> bool {
+/// How many bytes there is room for, if a request is for the process number. It is told whether this is a node at the moment or not.
+pub fn pid_asked(request: &Request) -> Option<u32> {
     asks_for(request, PID_XATTR)
 }
 
-fn asks_for(request: &Request, attribute: &str) -> bool {
-    to_ino(request.nodeid) == ROOT_INO
-        && matches!(&request.op, Op::Getxattr { name, .. } if name == attribute.as_bytes())
-}
-
-/// Answers a request that [`pid_is_asked`] is true for.
-pub fn tell_pid(request: &Request, reply: Reply) {
-    match request.op {
-        Op::Getxattr { size, .. } => reply.xattr(size, std::process::id().to_string().as_bytes()),
-        _ => reply.err(libc::ENODATA),
-    };
+fn asks_for(request: &Request, attribute: &str) -> Option<u32> {
+    match &request.op {
+        Op::Getxattr { name, size } if to_ino(request.nodeid) == ROOT_INO && name == attribute.as_bytes() => {
+            Some(*size)
+        }
+        _ => None,
+    }
 }
 
 impl Reporter {

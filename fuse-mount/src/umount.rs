@@ -14,11 +14,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use clap::error::ErrorKind;
 use fuse_mount::mount::LEAVING;
+use fuse_mount::options::{USAGE, command_line};
 use fuse_mount::report::PID_XATTR;
 
-const USAGE: u8 = 1;
 const SYSTEM: u8 = 2;
 const FAILED: u8 = 32;
 
@@ -57,14 +56,9 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli: Cli = match command_line() {
         Ok(cli) => cli,
-        Err(e) => {
-            let shown = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-            // Standard output or error may be closed; the status still tells.
-            let _ = e.print();
-            return ExitCode::from(if shown { 0 } else { USAGE });
-        }
+        Err(status) => return status,
     };
     // SAFETY: asks for a number.
     if unsafe { libc::geteuid() } != 0 {
@@ -146,11 +140,10 @@ impl Daemon {
         let (begun, dir) = (Instant::now(), cli.dir.display());
         let mut told = false;
         while !self.ended(LOOK)? {
-            let serves = self.serves();
             if begun.elapsed() < NOTICES {
                 continue;
             }
-            if serves {
+            if self.serves() {
                 if cli.verbose {
                     println!("the volume is mounted elsewhere, too: its daemon (process {}) goes on", self.pid);
                 }

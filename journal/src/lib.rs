@@ -26,7 +26,7 @@ mod types;
 
 pub use block::{BLOCK_SIZE, Block};
 pub use format::initial_header;
-pub use log::{Journal, JournalStats};
+pub use log::{Journal, JournalStats, Room};
 pub use replay::{ReplayReport, Scan, TenureSource, last_opened_by, replay, scan};
 pub use salvage::{Salvage, salvage};
 pub use types::*;

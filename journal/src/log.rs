@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use blockdev::{AlignedBuf, BlockDevice, IoClass};
 use cluster::{LockId, NodeId, Tenure};
 use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::block::Block;
 use crate::format::{HEADER_COPY, Header, RING_START};
@@ -14,6 +15,17 @@ use crate::types::{Install, JournalError, RecordNo, Region, Result, TxNo};
 
 /// Dirty blocks in memory, running or logged, beyond which operations wait for a checkpoint (32 MiB, as much again while they are placed).
 const DIRTY_MAX: usize = 8192;
+
+/// Blocks that an operation changes, as a rule.
+const OPERATION: u64 = 12;
+/// Bytes of a record for a block that is logged whole.
+const WHOLE: u64 = 4200;
+
+/// Room in the running transaction for one operation, until it is installed or given up.
+#[derive(Debug)]
+pub struct Room {
+    _permit: OwnedSemaphorePermit,
+}
 
 /// A block whose record is durable and that is not in its place yet.
 pub(crate) struct Logged {
@@ -81,7 +93,14 @@ pub struct Journal {
     pub(crate) committing: tokio::sync::Mutex<()>,
     /// Placings follow each other: an older image must not overtake a newer one. Who has it knows that none is in flight.
     pub(crate) placing: tokio::sync::Mutex<()>,
+    /// Operations that may install at once.
+    room: Arc<Semaphore>,
     pub(crate) me: Weak<Journal>,
+}
+
+/// Blocks that one record has room for, if all are logged whole.
+fn largest(region: Region) -> u64 {
+    (region.len - RING_START) / 2 / WHOLE
 }
 
 impl Journal {
@@ -115,6 +134,7 @@ impl Journal {
             stats: JournalStats::default(),
         };
         let sector = dev.geometry().sector_size as usize;
+        let at_once = largest(region) / 2 / OPERATION;
         let journal = Arc::new_cyclic(|me| Journal {
             dev,
             region,
@@ -123,6 +143,7 @@ impl Journal {
             state: Mutex::new(state),
             committing: tokio::sync::Mutex::new(()),
             placing: tokio::sync::Mutex::new(()),
+            room: Arc::new(Semaphore::new(at_once.max(1) as usize)),
             me: me.clone(),
         });
         journal.write_header(header).await?;
@@ -211,8 +232,7 @@ impl Journal {
         self.check()?;
         let (big, full) = {
             let s = self.state.lock();
-            // Logged whole in the worst case.
-            let big = s.running.changes.len() as u64 * 4200 > self.ring() / 8 || s.running.revokes.len() > 4096;
+            let big = s.running.changes.len() as u64 > largest(self.region) / 4 || s.running.revokes.len() > 4096;
             let dirty = s.running.changes.len() + s.logged.len();
             (big, dirty > DIRTY_MAX || self.used(&s) > self.ring() / 4 * 3)
         };
@@ -223,6 +243,18 @@ impl Journal {
             self.checkpoint().await?;
         }
         Ok(())
+    }
+
+    /// Room for an operation that is about to be worked out: a record takes half of the ring at most, and it takes whatever has been
+    /// installed. Half of that is for what has been, the other half for those who have room. Who waits here may have locks:
+    /// those who have room have theirs.
+    pub async fn room(&self) -> Result<Room> {
+        // Never closed.
+        let permit = self.room.clone().acquire_owned().await.map_err(|_| JournalError::Closed)?;
+        if self.state.lock().running.changes.len() as u64 > largest(self.region) / 2 {
+            self.commit().await?;
+        }
+        Ok(Room { _permit: permit })
     }
 
     /// Runs `work` in a task of its own: a caller that goes away must not leave writes in flight that nobody waits for, or

@@ -367,6 +367,14 @@ fn open_files_without_a_name_outlive_either_node() {
         }
         assert_eq!(fs::read(c.mount_point(survivor).join("replaced")).unwrap(), b"new");
         comes_to(empty - 2 * file);
+        // Before, the dead one counts as having them open.
+        let began = Instant::now();
+        while !c.program("clusterfs", &["status"]).unwrap().contains("free slots: 2") {
+            assert!(began.elapsed() < Duration::from_secs(10), "node {victim} is not recovered");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // Until the survivor knows, too: it looks once a second.
+        std::thread::sleep(Duration::from_secs(3));
         drop(open);
         for name in ["replaced", "cut"] {
             fs::remove_file(c.mount_point(survivor).join(name)).unwrap();

@@ -5,6 +5,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::Result;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -92,7 +93,6 @@ fn exclusive_create_has_one_winner(c: &Cluster) {
     let all = rounds(c, "create", ROUNDS, |_, dir, round| {
         let path = dir.join(round.to_string());
         let f = OpenOptions::new().write(true).create_new(true).open(path)?;
-        use std::os::unix::fs::MetadataExt;
         Ok(f.metadata()?.ino())
     });
     check(c, "create", &all, libc::EEXIST, |round, _| round.to_string());
@@ -159,6 +159,39 @@ fn rename_has_one_winner(c: &Cluster) {
     }
 }
 
+/// Root makes a file of its own on one node, users on the others open or make it: they get what they made, and nothing that is
+/// root's, however late their kernel learns that it is there.
+fn opening_is_judged_by_the_winner(c: &Cluster) {
+    let dir = c.mount_point(0).join("open");
+    fs::create_dir(&dir).unwrap();
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+    let all = rounds(c, "open", ROUNDS / 2, |n, dir, round| {
+        let mut how = OpenOptions::new();
+        how.read(true).write(true).mode(0o600);
+        let f = if n == 0 { how.create_new(true) } else { how.create(true).truncate(true) };
+        // Users' nodes have mostly less to do.
+        if n > 0 && round % 2 == 0 {
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        let user = if n == 0 { 0 } else { 65534 };
+        let f = sys::as_user(user, user, || f.open(dir.join(round.to_string())))?;
+        Ok(f.metadata()?.ino())
+    });
+    let mut roots = 0;
+    for round in 0..all[0].len() {
+        let got: Vec<Outcome> = all.iter().map(|o| o[round]).collect();
+        let file = fs::metadata(dir.join(round.to_string())).unwrap();
+        let expected = if file.uid() == 0 {
+            roots += 1;
+            [Ok(file.ino()), Err(libc::EACCES), Err(libc::EACCES), Err(libc::EACCES)]
+        } else {
+            [Err(libc::EEXIST), Ok(file.ino()), Ok(file.ino()), Ok(file.ino())]
+        };
+        assert_eq!(got, expected, "open, round {round}");
+    }
+    assert!(roots > 0 && roots < all[0].len(), "root won {roots} of {} rounds", all[0].len());
+}
+
 /// The kinds run side by side, in directories of their own: a round takes as long as the lock needs to go round all nodes,
 /// which hold it for a minimum time each, so most of the time is spent waiting.
 #[test]
@@ -166,12 +199,17 @@ fn every_race_has_one_winner() {
     let c = Cluster::start(NODES);
     let started = Instant::now();
     std::thread::scope(|s| {
-        for race in [exclusive_create_has_one_winner, link_has_one_winner, mkdir_has_one_winner, rename_has_one_winner]
-        {
+        for race in [
+            exclusive_create_has_one_winner,
+            link_has_one_winner,
+            mkdir_has_one_winner,
+            rename_has_one_winner,
+            opening_is_judged_by_the_winner,
+        ] {
             let c = &c;
             s.spawn(move || race(c));
         }
     });
-    println!("{} rounds in {:.1?}", 4 * ROUNDS, started.elapsed());
+    println!("{} rounds in {:.1?}", 4 * ROUNDS + ROUNDS / 2, started.elapsed());
     c.finish();
 }

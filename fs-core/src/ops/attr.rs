@@ -51,13 +51,12 @@ impl Volume {
         }
     }
 
-    /// Counts an open file; `truncate` as O_TRUNC.
-    pub async fn open(&self, ino: u64, truncate: bool) -> Result<Leased<()>> {
-        let domains = [ino_domain(ino)];
-        let mut plan = if truncate { Plan::write(&domains, Purpose::Reclaim) } else { Plan::read(&domains) };
+    /// Counts an open file.
+    pub async fn open(&self, ino: u64) -> Result<Leased<()>> {
+        let mut plan = Plan::read(&[ino_domain(ino)]);
         loop {
             let mut tx = self.begin(&plan).await?;
-            let r = open(&mut tx, ino, truncate).await;
+            let r = open(&mut tx, ino).await;
             if let Some(done) = self.finish(tx, r, &mut plan).await? {
                 return Ok(done);
             }
@@ -173,11 +172,8 @@ async fn readlink(tx: &mut Txn<'_>, ino: u64) -> Result<Vec<u8>> {
     Ok(target)
 }
 
-async fn open(tx: &mut Txn<'_>, ino: u64, truncate: bool) -> Result<()> {
-    let inode = tx.inode(ino).await?;
-    if truncate && inode.is_file() {
-        tx.truncate(ino, 0).await?;
-    }
+async fn open(tx: &mut Txn<'_>, ino: u64) -> Result<()> {
+    tx.inode(ino).await?;
     let domain = tx.domain(ino_domain(ino), Mode::Shared)?.clone();
     tx.on_install(move || domain.with_file(ino_local(ino), |f| f.opens += 1));
     Ok(())

@@ -44,7 +44,7 @@ async fn three() -> (Arc<SimDisk>, [Arc<Volume>; 3], u64) {
     let all = [mount(&disk, "a").await, mount(&disk, "b").await, mount(&disk, "c").await];
     let f = open_file(&all[0]).await;
     for v in &all[1..] {
-        drop(v.open(f, false).await.expect("open"));
+        drop(v.open(f).await.expect("open"));
     }
     (disk, all, f)
 }
@@ -168,7 +168,7 @@ async fn a_dead_nodes_locks_and_waits_end_with_it() {
     let (a, b) = (mount_on(dev_a.clone(), "a").await, mount_on(dev_b.clone(), "b").await);
     let c = mount(&disk, "c").await;
     let f = open_file(&a).await;
-    drop((b.open(f, false).await.expect("open"), c.open(f, false).await.expect("open")));
+    drop((b.open(f).await.expect("open"), c.open(f).await.expect("open")));
     wait(&a, f, write(1)).await;
     let waiter = |v: &Arc<Volume>| {
         let v = v.clone();

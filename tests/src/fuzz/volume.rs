@@ -120,9 +120,7 @@ impl Target {
         result.map_err(|e| format!("seed {seed} ({what}): {e}"))?;
         Ok(outcome)
     }
-}
 
-impl Target {
     /// What fsck -y repairs is sound: a second run finds nothing, and all of it can be read.
     pub fn repair(&self, seed: u64) -> Result<Repaired, String> {
         let (device, what) = self.device(seed);

@@ -456,7 +456,7 @@ impl Client {
             return Ok(());
         }
         let (ino, mut want) = (self.ino(id), (*self.contents(id)).clone());
-        self.world.done(host, "open", v.open(ino, false)).await?;
+        self.world.done(host, "open", v.open(ino)).await?;
         let op = v.unlink(self.ino(dir), name.as_bytes());
         self.change(host, Change::Unlink { dir, name: name.clone() }, Ok(()), op).await?;
         let more = self.fresh_bytes(700);

@@ -310,7 +310,7 @@ impl Opener {
         let found = self.world.done(host, "lookup", v.lookup(dir, name.as_bytes())).await?.value;
         let Some(ino) = found.map(|a| a.ino) else { return Ok(()) };
         let what = format!("{} open of {name}, {ino:#x}", self.name);
-        match self.world.call(host, &what, v.open(ino, false)).await?.map(drop) {
+        match self.world.call(host, &what, v.open(ino)).await?.map(drop) {
             Ok(()) => {}
             // Removed in between.
             Err(FsError::Stale) => return Ok(()),

@@ -5,9 +5,10 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use clusterfs_tests::cluster::Cluster;
@@ -197,6 +198,49 @@ fn times_of_reads_and_stores() {
 }
 
 /// Their names are on all nodes, what they connect is on one host.
+/// The kernel keeps writers from it, and nothing is emptied before it does.
+#[test]
+fn a_running_program_is_not_emptied() {
+    let c = Cluster::start(1);
+    let program = c.mount_point(0).join("program");
+    fs::copy("/bin/sleep", &program).unwrap();
+    let before = fs::read(&program).unwrap();
+    let mut running = Command::new(&program).arg("60").spawn().unwrap();
+    let tried = [
+        errno(File::options().write(true).open(&program)),
+        errno(File::create(&program)),
+        errno(File::options().read(true).custom_flags(libc::O_TRUNC).open(&program)),
+    ];
+    let ended = running.try_wait().unwrap();
+    running.kill().unwrap();
+    running.wait().unwrap();
+    assert_eq!(tried, [libc::ETXTBSY; 3]);
+    assert_eq!(ended, None, "the program has ended");
+    assert!(fs::read(&program).unwrap() == before, "the program is another");
+    c.finish();
+}
+
+/// Who empties a file that is not theirs takes its special rights away, as who writes to it does.
+#[test]
+fn emptied_by_another_user() {
+    let c = Cluster::start(2);
+    let (a, b) = (c.mount_point(0).join("f"), c.mount_point(1).join("f"));
+    for how in ["opened", "truncated"] {
+        fs::write(&a, "contents").unwrap();
+        fs::set_permissions(&a, fs::Permissions::from_mode(0o6777)).unwrap();
+        let emptied = sys::as_user(65534, 65534, || match how {
+            "opened" => File::create(&b).map(drop),
+            _ => File::options().write(true).open(&b).and_then(|f| f.set_len(0)),
+        });
+        emptied.unwrap();
+        for path in [&a, &b] {
+            let now = fs::metadata(path).unwrap();
+            assert_eq!((now.len(), now.mode() & 0o7777), (0, 0o777), "{how}: {}", path.display());
+        }
+    }
+    c.finish();
+}
+
 #[test]
 fn sockets_and_fifos() {
     let c = Cluster::start(2);
