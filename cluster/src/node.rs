@@ -334,8 +334,8 @@ impl Node {
         self.shared.table.lock().life(node)
     }
 
-    /// Slots that were used and that nobody lives in now, as far as is known.
-    pub fn vacant_slots(&self) -> Vec<Slot> {
+    /// The latest lives of slots that nobody lives in now, as far as is known.
+    pub fn vacant_slots(&self) -> Vec<NodeId> {
         self.shared.table.lock().vacant()
     }
 

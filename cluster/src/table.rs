@@ -56,10 +56,10 @@ impl SlotTable {
         (known && !block.address.is_empty()).then_some(&block.address)
     }
 
-    /// Slots that were used and are free.
-    pub fn vacant(&self) -> Vec<Slot> {
+    /// The latest lives of slots that were used and are free.
+    pub fn vacant(&self) -> Vec<NodeId> {
         let free = |b: &&SlotBlock| b.state == SlotState::Free && b.incarnation > 0;
-        self.slots.values().filter(free).map(|b| b.slot).collect()
+        self.slots.values().filter(free).map(|b| NodeId { slot: b.slot, incarnation: b.incarnation }).collect()
     }
 
     /// Whether the latest life that ended in a slot where nobody but `me` lives ended by a crash.

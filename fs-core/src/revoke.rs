@@ -10,7 +10,7 @@ use cluster::{Grant, LockClient, LockId, LockValue, Mode, NodeId, Release, Tenur
 
 use crate::alloc::Group;
 use crate::error::{FsError, Result};
-use crate::format::layout::FIRST_SLOT_DOMAIN;
+use crate::format::layout::slot_domain;
 use crate::hold::Hold;
 use crate::volume::Volume;
 
@@ -129,7 +129,7 @@ impl Volume {
             }
             LockId::Group(g) => {
                 self.store.forget(hold.id);
-                let group = Group::load(&self.store, &self.layout, g, hold.clone(), grant.tenure).await?;
+                let group = Group::load(&self.store, &self.layout, g, hold.clone(), &grant).await?;
                 self.alloc.add(g, group);
                 Ok(())
             }
@@ -195,8 +195,7 @@ impl Volume {
         self.check()?;
         self.journal.settle(hold.id).await.map_err(|e| self.journal_failed(e))?;
         self.reap();
-        let free = self.alloc.remove(group).unwrap_or(0);
-        let value = Some(LockValue { root: free, next_local: 0, version: 0 });
+        let value = self.alloc.remove(group);
         self.node.release(hold.id, Release { to: None, value, open: false, cleaned: true }).await?;
         hold.lowered(None);
         Ok(())
@@ -237,7 +236,7 @@ impl Volume {
         if self.read_only {
             return;
         }
-        let domain = FIRST_SLOT_DOMAIN + u32::from(dead.slot);
+        let domain = slot_domain(dead.slot);
         if let Err(e) = self.reclaim_slot(domain).await
             && !e.is_leaving()
         {

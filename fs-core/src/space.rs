@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use blockdev::IoClass;
-use cluster::{LockBlock, LockId, Mode};
+use cluster::{LockBlock, LockId, Mode, NodeId};
 use journal::block;
 use tokio::time::Instant;
 
@@ -12,7 +12,7 @@ use crate::alloc::Purpose;
 use crate::error::{FsError, Result};
 use crate::format::group::GroupHeader;
 use crate::format::item::{Key, Kind};
-use crate::format::layout::{BLOCK, Extent, FIRST_SLOT_DOMAIN};
+use crate::format::layout::{BLOCK, Extent, slot_domain};
 use crate::txn::{Kept, Plan, Txn};
 use crate::types::StatFs;
 use crate::volume::Volume;
@@ -231,8 +231,8 @@ impl Volume {
             }
             *last = Some(Instant::now());
         }
-        for slot in self.node.vacant_slots() {
-            let domain = FIRST_SLOT_DOMAIN + u32::from(slot);
+        for NodeId { slot, .. } in self.node.vacant_slots() {
+            let domain = slot_domain(slot);
             if let Err(e) = self.reclaim_slot(domain).await {
                 self.check()?;
                 tracing::warn!(node = %self.node(), slot, "cannot carry out the frees of a slot that nobody lives in: {e}");
@@ -256,12 +256,7 @@ impl Volume {
 }
 
 async fn deferred(tx: &mut Txn<'_>, domain: u32, from: u64, limit: usize) -> Result<Vec<Extent>> {
-    let keys = (Key::new(0, Kind::DeferredFree, from), Key::new(0, Kind::DeferredFree, u64::MAX));
-    let items = match tx.scan(domain, keys.0, keys.1, limit).await {
-        // A slot that has never been used has no domain.
-        Err(FsError::Stale) => return Ok(Vec::new()),
-        items => items?,
-    };
+    let items = tx.kept_for_slot(domain, Kind::DeferredFree, from, limit).await?;
     items
         .into_iter()
         .map(|(key, value)| {

@@ -19,7 +19,7 @@ use crate::domain::{Domain, Page};
 use crate::error::{FsError, Result};
 use crate::format::domain::DomainHeader;
 use crate::format::item::{Inode, Key, Kind, ino, ino_domain, ino_local};
-use crate::format::layout::{Extent, FIRST_SLOT_DOMAIN};
+use crate::format::layout::Extent;
 use crate::hold::Ticket;
 use crate::tree::{self, NodeRead, NodeWrite, Root};
 use crate::volume::Volume;
@@ -247,6 +247,15 @@ impl<'v> Txn<'v> {
         Ok(old)
     }
 
+    /// What a slot's domain keeps of one kind, from an offset on.
+    pub async fn kept_for_slot(&mut self, id: u32, kind: Kind, from: u64, limit: usize) -> Result<Vec<(Key, Vec<u8>)>> {
+        match self.scan(id, Key::new(0, kind, from), Key::new(0, kind, u64::MAX), limit).await {
+            // A slot that has never been used has no domain.
+            Err(FsError::Stale) => Ok(Vec::new()),
+            items => items,
+        }
+    }
+
     // ---- inodes ------------------------------------------------------------------------------------------------
 
     /// The inode as its item in the tree says; [`Stale`](FsError::Stale) if there is none.
@@ -308,7 +317,7 @@ impl<'v> Txn<'v> {
             self.space.freed.push(e);
             return Ok(());
         }
-        let own = FIRST_SLOT_DOMAIN + u32::from(self.vol.node().slot);
+        let own = self.vol.own_domain();
         self.put(own, &Key::new(0, Kind::DeferredFree, e.start), &e.len.to_le_bytes()).await
     }
 

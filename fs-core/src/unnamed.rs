@@ -7,17 +7,22 @@
 //! - a node that lives: it goes through its own when it learns of the end of another;
 //! - a node that has left: whoever recovers the dead one goes through the notes of all slots that nobody lives in.
 //!
+//! A node may leave between the other's death and its recovery: it goes through its notes no more, and who recovers takes it for alive. So whoever
+//! learns that a slot has become vacant goes through its notes, if a crash is known of.
+//!
 //! Who recovered the dead one may end before he is through, or be mounted read-only. So whoever mounts goes through the notes of all slots
 //! that nobody lives in, too, if the latest life of one ended by a crash.
 //!
 //! Going through them frees what nobody has open any more. A note stays until its domain has no unnamed file.
 
-use cluster::{LockId, Mode};
+use std::collections::BTreeSet;
+
+use cluster::{LockId, Mode, NodeId};
 
 use crate::alloc::Purpose;
 use crate::error::{FsError, Result};
 use crate::format::item::{Key, Kind};
-use crate::format::layout::FIRST_SLOT_DOMAIN;
+use crate::format::layout::slot_domain;
 use crate::txn::{Plan, Txn};
 use crate::volume::Volume;
 
@@ -55,7 +60,8 @@ impl Volume {
     /// Another node ended, perhaps.
     pub(crate) fn look_for_unnamed(&self) {
         let held: Vec<u32> = self.domains.lock().values().filter(|d| d.open_elsewhere()).map(|d| d.id).collect();
-        if self.read_only || held.is_empty() && self.unnamed.lock().is_empty() {
+        let left = self.left_after_a_crash();
+        if self.read_only || held.is_empty() && left.is_empty() && self.unnamed.lock().is_empty() {
             return;
         }
         // An unmount that has begun gives everything up anyway.
@@ -68,9 +74,19 @@ impl Volume {
                 if !volume.unnamed.lock().is_empty() {
                     volume.free_unnamed_noted_by(volume.own_domain()).await;
                 }
+                for gone in left {
+                    volume.free_unnamed_noted_by(slot_domain(gone.slot)).await;
+                }
                 drop(unmount_waits);
             });
         }
+    }
+
+    /// Slots that have become vacant since this was last asked; none if no crash is known of, when nobody can have died with files open.
+    fn left_after_a_crash(&self) -> Vec<NodeId> {
+        let vacant = BTreeSet::from_iter(self.node.vacant_slots());
+        let before = std::mem::replace(&mut *self.seen_vacant.lock(), vacant.clone());
+        if self.node.crashed_before() { vacant.difference(&before).copied().collect() } else { Vec::new() }
     }
 
     /// A domain that this node has held since before the end of another may say of that one that it has files open: what is removed
@@ -93,8 +109,8 @@ impl Volume {
 
     /// Goes through the notes of all slots that nobody lives in.
     pub(crate) async fn free_unnamed_of_the_gone(&self) {
-        for slot in self.node.vacant_slots() {
-            self.free_unnamed_noted_by(FIRST_SLOT_DOMAIN + u32::from(slot)).await;
+        for gone in self.node.vacant_slots() {
+            self.free_unnamed_noted_by(slot_domain(gone.slot)).await;
         }
     }
 
@@ -161,12 +177,7 @@ impl Volume {
 }
 
 async fn notes(tx: &mut Txn<'_>, slot_domain: u32, after: u64) -> Result<Vec<u32>> {
-    let keys = (Key::new(0, Kind::Leftover, after), Key::new(0, Kind::Leftover, u64::MAX));
-    let items = match tx.scan(slot_domain, keys.0, keys.1, AT_ONCE).await {
-        // A slot that has never been used has no domain.
-        Err(FsError::Stale) => return Ok(Vec::new()),
-        items => items?,
-    };
+    let items = tx.kept_for_slot(slot_domain, Kind::Leftover, after, AT_ONCE).await?;
     items
         .iter()
         .map(|(key, _)| {

@@ -15,7 +15,7 @@ use crate::alloc::Allocator;
 use crate::domain::Domain;
 use crate::error::{FsError, Result};
 use crate::format::item::{Time, ino as make_ino, ino_domain, ino_local};
-use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
+use crate::format::layout::{BLOCK, VolumeLayout, slot_domain};
 use crate::format::superblock::{RO_COMPAT_KNOWN, Superblock, SuperblockError};
 use crate::hold::{Entry, Hold, Ticket};
 use crate::locks::WaitsFor;
@@ -118,6 +118,8 @@ pub struct Volume {
     pub(crate) waits_for: WaitsFor,
     /// Domains that this slot's own one notes (see [`crate::unnamed`]).
     pub(crate) unnamed: Mutex<BTreeSet<u32>>,
+    /// Lives of vacant slots that are known to have ended.
+    pub(crate) seen_vacant: Mutex<BTreeSet<NodeId>>,
     /// One search for space at a time.
     pub(crate) searching: tokio::sync::Mutex<()>,
     /// When the frees of slots that nobody lives in were last carried out, for want of space.
@@ -195,6 +197,7 @@ impl Volume {
             groups: Mutex::new(BTreeMap::new()),
             waits_for: WaitsFor::default(),
             unnamed: Mutex::new(BTreeSet::new()),
+            seen_vacant: Mutex::new(BTreeSet::new()),
             searching: tokio::sync::Mutex::new(()),
             freed_for_the_gone: Mutex::new(None),
             flushing: tokio::sync::Mutex::new(()),
@@ -308,7 +311,7 @@ impl Volume {
 
     /// The domain that this node keeps for itself.
     pub(crate) fn own_domain(&self) -> u32 {
-        FIRST_SLOT_DOMAIN + u32::from(self.node().slot)
+        slot_domain(self.node().slot)
     }
 
     pub(crate) fn now(&self) -> Time {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use rand::RngExt;
 use tokio::time::Instant;
 
-use super::fault::WriteFault;
+use super::fault::{FaultRates, WriteFault};
 use super::request::{Reply, Req};
 use super::state::State;
-use crate::{AlignedBuf, Caw, DevError, FenceKey, Fenced, FencingKind, Presence, Result};
+use crate::{AlignedBuf, Caw, DevError, FenceKey, Fenced, FencingKind, IoClass, Presence, Result};
 
 impl State {
     pub(super) fn execute_as(
@@ -50,7 +50,7 @@ impl State {
                 }
                 Ok(Reply::Bufs(bufs))
             }
-            Req::Write { offset, bufs, fua } => {
+            Req::Write { class, offset, bufs, fua } => {
                 if !raw {
                     match self.faults.take_armed(&extent) {
                         Some(WriteFault::Lost) => return Ok(Reply::Unit),
@@ -67,6 +67,10 @@ impl State {
                     if self.chance(rates.write_unknown) {
                         self.write_some(seq, *offset, bufs, false, true);
                         return Err(req.unknown());
+                    }
+                    if *class == IoClass::Meta && (rates.meta_lost > 0.0 || rates.meta_misdirected > 0.0) {
+                        self.write_and_lie(seq, *offset, bufs, &rates);
+                        return Ok(Reply::Unit);
                     }
                 }
                 self.write_some(seq, *offset, bufs, *fua || raw, false);
@@ -167,6 +171,24 @@ impl State {
                 self.medium.write_sector(seq, at, bytes, durable);
             }
             at = range.end;
+        }
+    }
+
+    /// Each block for itself arrives, is lost, or is another.
+    fn write_and_lie(&mut self, seq: u64, offset: u64, bufs: &[Arc<AlignedBuf>], rates: &FaultRates) {
+        let mut at = offset;
+        for buf in bufs {
+            let before = self.faults.last_meta.replace(buf.clone());
+            let other = before.filter(|b| b.len() == buf.len());
+            if self.chance(rates.meta_lost) {
+                self.faults.lies += 1;
+            } else if let Some(other) = other.filter(|_| self.chance(rates.meta_misdirected)) {
+                self.faults.lies += 1;
+                self.write_some(seq, at, &[other], false, false);
+            } else {
+                self.write_some(seq, at, std::slice::from_ref(buf), false, false);
+            }
+            at += buf.len() as u64;
         }
     }
 

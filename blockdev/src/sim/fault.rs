@@ -1,6 +1,9 @@
 //! What can go wrong on the simulated device besides crashes, cuts and power loss.
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use crate::AlignedBuf;
 
 /// Probabilities of faults per operation, 0 by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -17,6 +20,10 @@ pub struct FaultRates {
     pub caw_unknown: f64,
     /// A compare-and-write whose expectation holds reports a mismatch all the same, as arrays do under load.
     pub caw_miscompare: f64,
+    /// A write of metadata in its place is acknowledged, but this block of it is lost: the one before stays.
+    pub meta_lost: f64,
+    /// ... but gets what the device was last given for another place.
+    pub meta_misdirected: f64,
 }
 
 /// A lie the device tells about one write that it acknowledges.
@@ -34,6 +41,10 @@ pub(super) struct Faults {
     bad_reads: Vec<Range<u64>>,
     bad_writes: Vec<Range<u64>>,
     armed: Vec<(Range<u64>, WriteFault)>,
+    /// The last block of metadata that a node wrote to a device that lies.
+    pub(super) last_meta: Option<Arc<AlignedBuf>>,
+    /// Blocks of metadata lost or misdirected by chance.
+    pub(super) lies: u64,
 }
 
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {

@@ -232,6 +232,11 @@ impl SimDisk {
         self.state.lock().faults.rates = rates;
     }
 
+    /// How many blocks of metadata were acknowledged and lost, or misdirected, by chance.
+    pub fn lies(&self) -> u64 {
+        self.state.lock().faults.lies
+    }
+
     /// Reads that touch this range fail with EIO.
     pub fn fail_reads(&self, range: Range<u64>) {
         self.state.lock().faults.add_bad_reads(range);

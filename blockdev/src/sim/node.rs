@@ -187,7 +187,7 @@ impl BlockDevice for SimNode {
     async fn writev(&self, class: IoClass, offset: u64, bufs: Vec<Arc<AlignedBuf>>, fua: bool) -> Result<()> {
         let total = self.check("write", offset, bufs.iter().map(|b| b.len()))?;
         self.stats.count_write(class, total);
-        self.run(Req::Write { offset, bufs, fua }).await.map(|_| ())
+        self.run(Req::Write { class, offset, bufs, fua }).await.map(|_| ())
     }
 
     async fn flush(&self, class: IoClass) -> Result<()> {

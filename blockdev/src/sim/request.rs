@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::OpKind;
-use crate::{AlignedBuf, Caw, DevError, FenceKey, Fenced, Presence};
+use crate::{AlignedBuf, Caw, DevError, FenceKey, Fenced, IoClass, Presence};
 
 #[derive(Clone)]
 pub(super) enum Req {
     Read { offset: u64, lens: Vec<usize> },
-    Write { offset: u64, bufs: Vec<Arc<AlignedBuf>>, fua: bool },
+    Write { class: IoClass, offset: u64, bufs: Vec<Arc<AlignedBuf>>, fua: bool },
     Flush { exempt: BTreeSet<u64> },
     Caw { offset: u64, expect: Vec<u8>, new: Vec<u8> },
     Register(FenceKey),

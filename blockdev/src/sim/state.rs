@@ -266,7 +266,7 @@ impl State {
 
     /// Lets the tail of a write of several sectors take effect at a moment of its own.
     fn split(&mut self, node: usize, epoch: u64, issued: Instant, req: &mut Req, start: Instant, latency: u64) {
-        let Req::Write { offset, bufs, fua } = req else { return };
+        let Req::Write { class, offset, bufs, fua } = req else { return };
         let mut bytes = Vec::new();
         bufs.iter().for_each(|b| bytes.extend_from_slice(b));
         let sector = self.cfg.sector_size as usize;
@@ -276,6 +276,7 @@ impl State {
         }
         let cut = self.rng.random_range(1..sectors) * sector;
         let tail = Req::Write {
+            class: *class,
             offset: *offset + cut as u64,
             bufs: vec![Arc::new(AlignedBuf::copy_of(&bytes[cut..]))],
             fua: *fua,

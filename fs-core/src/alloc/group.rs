@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use cluster::{LockId, Tenure};
+use cluster::{Grant, LockId, Tenure};
 use journal::block::{BlockHeader, BlockKind, set_version, version};
 use journal::{BLOCK_SIZE, Block, Change};
 
 use super::bits::Bits;
 use crate::error::{FsError, Result};
-use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, bit, set_bit};
+use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, bit, check_age, set_bit};
 use crate::format::layout::{Extent, VolumeLayout};
 use crate::hold::Hold;
 use crate::store::Store;
@@ -25,12 +25,19 @@ struct Image {
 }
 
 impl Image {
+    /// For the first change of an operation it becomes the next version.
     fn edit(&mut self) -> &mut Block {
-        if self.before.is_none() {
+        let first = self.before.is_none();
+        if first {
             self.before = Some(self.on_disk.then(|| self.block.clone()));
             self.on_disk = true;
         }
-        Arc::make_mut(&mut self.block)
+        let block = Arc::make_mut(&mut self.block);
+        if first {
+            let next = version(block).wrapping_add(1);
+            set_version(block, next);
+        }
+        block
     }
 }
 
@@ -57,11 +64,16 @@ impl Group {
         layout: &VolumeLayout,
         number: u32,
         hold: Arc<Hold>,
-        tenure: Tenure,
+        grant: &Grant,
     ) -> Result<Self> {
         let owner = LockId::Group(number);
         let header_block = layout.group_header(number);
         let block = store.read(owner, header_block, BlockKind::GroupHeader).await?;
+        check_age(version(&block), grant.value.version).map_err(|why| FsError::Block {
+            block: header_block,
+            owner,
+            why,
+        })?;
         let header = GroupHeader::decode(&block).map_err(|e| FsError::format(owner, e))?;
         let extent = layout.group_extent(number);
         let mut busy = Bits::new(extent.len);
@@ -97,7 +109,7 @@ impl Group {
             number,
             volume: layout.volume,
             hold,
-            tenure,
+            tenure: grant.tenure,
             header,
             header_image: Image { number: header_block, block, on_disk: true, before: None },
             bitmaps,
@@ -154,6 +166,11 @@ impl Group {
     /// As the header counts: freed ones that wait for their record included.
     pub fn free_on_disk(&self) -> u64 {
         self.header.free_blocks
+    }
+
+    /// Of the header: each operation that changes the group counts.
+    pub fn version(&self) -> u64 {
+        version(&self.header_image.block).into()
     }
 
     /// Offsets are relative to the group's first block here and below.
@@ -216,15 +233,13 @@ impl Group {
                     owner: LockId::Group(self.number),
                     volume: self.volume,
                     block: self.first_bitmap + u64::from(index),
-                    version: 0,
+                    version: version(map),
                     tenure: 0,
                     record: 0,
                 }
                 .encode(map);
             }
             if first {
-                let next = version(map).wrapping_add(1);
-                set_version(map, next);
                 self.header.bitmap_versions = self.header.bitmap_versions.wrapping_add(1);
             }
             let at = (i % BITS_PER_BITMAP) as usize;
@@ -237,8 +252,7 @@ impl Group {
         } else {
             self.header.free_blocks += e.len
         }
-        let header = self.header;
-        header.encode(self.header_image.edit());
+        self.header.encode(self.header_image.edit());
     }
 
     pub fn mark_domain(&mut self, d: u32, used: bool) {
@@ -249,8 +263,7 @@ impl Group {
         } else {
             self.header.free_domains += 1
         }
-        let header = self.header;
-        header.encode(self.header_image.edit());
+        self.header.encode(map);
     }
 
     /// The blocks changed since the last call.

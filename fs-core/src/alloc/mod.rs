@@ -13,7 +13,7 @@ mod group;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use cluster::{LockId, Mode, Tenure};
+use cluster::{LockId, LockValue, Mode, Tenure};
 use journal::{Change, RecordNo};
 use parking_lot::{Mutex, MutexGuard};
 
@@ -108,8 +108,8 @@ impl Allocator {
         i.current = number;
     }
 
-    /// The group is being given up: no allocation from it any more. Returns its free blocks.
-    pub fn remove(&self, number: u32) -> Option<u64> {
+    /// The group is being given up: no allocation from it any more. Returns what its lock block is to say of it: free blocks and version.
+    pub fn remove(&self, number: u32) -> Option<LockValue> {
         let mut i = self.inner.lock();
         i.leaving.remove(&number);
         let group = i.groups.remove(&number)?;
@@ -118,7 +118,7 @@ impl Allocator {
         if let Some(freed) = &mut i.freed {
             freed.forget(extent);
         }
-        Some(group.free_on_disk())
+        Some(LockValue { root: group.free_on_disk(), next_local: 0, version: group.version() })
     }
 
     /// Whether the group is held, and not about to be given up.

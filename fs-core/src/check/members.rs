@@ -1,6 +1,6 @@
 //! The superblock, the slots, and the lock blocks.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use blockdev::{BlockDevice, DevError, IoClass};
@@ -8,6 +8,7 @@ use cluster::{LockBlock, LockId, NodeId, Slot, SlotBlock, SlotState};
 
 use super::reader::Reader;
 use super::report::{Progress, Report};
+use super::space::Space;
 use super::{CheckError, Notify, lock_text};
 use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
 use crate::format::superblock::{Superblock, SuperblockError};
@@ -143,7 +144,7 @@ pub(super) async fn locks(
     r: &Reader,
     layout: &VolumeLayout,
     slots: &Slots,
-    used: &BTreeSet<u32>,
+    space: &Space,
     report: &mut Report,
     tell: Notify<'_>,
 ) -> (Vec<(u32, u64)>, BTreeMap<u32, u64>) {
@@ -158,7 +159,7 @@ pub(super) async fn locks(
         _ => None,
     };
     let index = |d: &u32| u64::from(groups) + u64::from(*d);
-    let wanted: Vec<u64> = (0..u64::from(groups)).chain(used.iter().map(index)).collect();
+    let wanted: Vec<u64> = (0..u64::from(groups)).chain(space.domains.iter().map(index)).collect();
     let (mut headers, mut least_versions) = (Vec::new(), BTreeMap::new());
     let mut done = 0;
     for chunk in wanted.chunks(LOCK_BLOCKS * per_block) {
@@ -192,8 +193,13 @@ pub(super) async fn locks(
                 }
             };
             holders(&block, slots, layout.nodes, &place, report);
-            if let LockId::Domain(d) = id {
-                match block.value.root {
+            match id {
+                LockId::Group(g) => {
+                    if let Err(e) = space.check_age(g, block.value.version) {
+                        report.violation(format!("group {g}"), format!("its header: {e}"));
+                    }
+                }
+                LockId::Domain(d) => match block.value.root {
                     0 if may_be_empty(layout, d) => {}
                     0 => report.violation(place, "the domain is in use, but has no header block"),
                     root => {
@@ -202,7 +208,7 @@ pub(super) async fn locks(
                             least_versions.insert(d, block.value.version);
                         }
                     }
-                }
+                },
             }
         }
     }

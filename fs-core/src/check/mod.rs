@@ -129,7 +129,7 @@ pub async fn check_with(
         report.note(format!("domains of group {g} are not checked"));
         links.broken.extend(layout.group_domains(g));
     }
-    let (headers, least) = members::locks(&reader, &layout, &slots, &space.domains, &mut report, tell).await;
+    let (headers, least) = members::locks(&reader, &layout, &slots, &space, &mut report, tell).await;
     reader.least_versions = least;
     for d in &space.domains {
         if headers.binary_search_by_key(d, |h| h.0).is_err() && !members::may_be_empty(&layout, *d) {

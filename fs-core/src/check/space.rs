@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use cluster::LockId;
-use journal::block::{BlockKind, version};
+use journal::block::{BlockError, BlockKind, version};
 
 use super::Notify;
 use super::blocks::Blocks;
 use super::reader::Reader;
 use super::report::{Progress, Report};
-use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit};
+use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit, check_age};
 use crate::format::layout::{FIRST_SLOT_DOMAIN, ROOT_DOMAIN, VolumeLayout};
 
 /// Groups whose table blocks are read at once.
@@ -24,6 +24,8 @@ pub(super) struct Space {
     /// What is referred to.
     pub claims: Blocks,
     headers: BTreeMap<u32, GroupHeader>,
+    /// Versions of the headers.
+    ages: BTreeMap<u32, u32>,
     /// Domain numbers in use.
     pub domains: BTreeSet<u32>,
     conflicts_left: u64,
@@ -35,6 +37,7 @@ impl Space {
             layout,
             claims: Blocks::new(layout),
             headers: BTreeMap::new(),
+            ages: BTreeMap::new(),
             domains: BTreeSet::new(),
             conflicts_left: CONFLICT_BUDGET,
         }
@@ -122,6 +125,7 @@ impl Space {
                     Ok(h) => {
                         self.domain_bits(g, &h, &block[DOMAIN_BITMAP], &place, report);
                         self.headers.insert(g, h);
+                        self.ages.insert(g, version(block));
                     }
                     Err(e) => report.violation(place, e),
                 }
@@ -135,6 +139,11 @@ impl Space {
                 self.domains.insert(d);
             }
         }
+    }
+
+    /// Whether a group's header, if it could be read, is at least of the version that its lock block says.
+    pub fn check_age(&self, group: u32, least: u64) -> Result<(), BlockError> {
+        self.ages.get(&group).map_or(Ok(()), |found| check_age(*found, least))
     }
 
     pub fn has_header(&self, group: u32) -> bool {

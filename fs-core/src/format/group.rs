@@ -13,6 +13,8 @@
 //!
 //! A bitmap block has bit i of its content (from byte 64) set for a block in use; block (index x BITS_PER_BITMAP + i) of the group.
 
+use journal::block::BlockError;
+
 use super::bytes::{FormatError, Reader, Writer};
 
 /// Bits in the 4032 content bytes of a bitmap block.
@@ -28,6 +30,16 @@ pub struct GroupHeader {
     pub free_domains: u32,
     pub written_bitmaps: u64,
     pub bitmap_versions: u32,
+}
+
+/// Whether the version of a group's header block is at least the one that its lock block says.
+pub fn check_age(found: u32, least: u64) -> Result<(), BlockError> {
+    let expected = least as u32;
+    // They may have begun anew at 0 since.
+    if (found.wrapping_sub(expected) as i32) < 0 {
+        return Err(BlockError::Version { expected, found });
+    }
+    Ok(())
 }
 
 impl GroupHeader {

@@ -4,7 +4,7 @@
 //! blocks, journals, group table (for each group: header, then its bitmap blocks), then the groups' blocks one after
 //! the other (the last may be short), then the superblock's copy in the very last block.
 
-use cluster::Layout;
+use cluster::{Layout, Slot};
 use journal::Region;
 
 use super::superblock::Superblock;
@@ -15,6 +15,10 @@ pub const BLOCK: u64 = 4096;
 pub const ROOT_DOMAIN: u32 = 1;
 /// Slot s has its own domain for deferred frees and the like: number FIRST_SLOT_DOMAIN + s.
 pub const FIRST_SLOT_DOMAIN: u32 = 2;
+
+pub fn slot_domain(slot: Slot) -> u32 {
+    FIRST_SLOT_DOMAIN + u32::from(slot)
+}
 
 /// A contiguous run of blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

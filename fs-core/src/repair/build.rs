@@ -379,9 +379,11 @@ async fn bitmaps(
             Bits::Both => (true, false),
             Bits::Last(before) => (false, before.contains(&g)),
         };
-        let record = seen.map_or(0, |s| s.1) + if again { 2 } else { 1 };
+        let further: u32 = if again { 2 } else { 1 };
+        let record = seen.map_or(0, |s| s.1) + u64::from(further);
         let tenure = tenure(old.lock.as_ref(), seen.map_or(0, |s| s.0));
         let (maps, mut head) = group(v, p, g, old, union);
+        set_version(&mut head, old.header_version.wrapping_add(further));
         let blocks = v.layout.group_extent(g).len;
         let domains = v.layout.group_domains(g).len().min(MAX_DOMAINS_PER_GROUP as usize);
         let found = old.header.as_ref().is_some_and(|h| {
@@ -400,7 +402,7 @@ async fn bitmaps(
             continue;
         }
         wrote.insert(g);
-        let version = old.version.wrapping_add(if again { 2 } else { 1 });
+        let version = old.version.wrapping_add(further);
         if let Ok(h) = GroupHeader::decode(&head) {
             let bitmap_versions = version.wrapping_mul(maps.len() as u32);
             GroupHeader { bitmap_versions, ..h }.encode(&mut head);

@@ -17,7 +17,7 @@ use crate::check::links::Links;
 use crate::check::reader::{Read, Reader};
 use crate::check::{Notify, Progress, survey};
 use crate::format::domain::DomainHeader;
-use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit};
+use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit, check_age};
 use crate::format::item::Key;
 use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, ROOT_DOMAIN, VolumeLayout};
 use crate::tree::MAX_LEVELS;
@@ -71,6 +71,8 @@ pub(super) struct Group {
     /// Header and bitmaps as they are, if readable and of one age.
     pub header: Option<Arc<Block>>,
     pub bitmaps: Vec<Option<Arc<Block>>>,
+    /// At least that of the header, also where it is not here.
+    pub header_version: u32,
     /// At least the version of each bitmap.
     pub version: u32,
     pub lock: Option<LockBlock>,
@@ -130,7 +132,7 @@ pub(super) async fn load(
 ) -> Result<Loaded, RepairError> {
     loop {
         let mut v = empty(layout);
-        groups(r, &mut v).await;
+        groups(r, &mut v).await?;
         let maybe = locks(r, &mut v, damaged, latest).await?;
         let seen = survey(r, layout, &v.others, false, tell).await;
         if !seen.damaged.is_subset(damaged) {
@@ -164,7 +166,7 @@ pub(super) async fn all_damaged(
     tell: Notify<'_>,
 ) -> Result<BTreeSet<u32>, RepairError> {
     let mut v = empty(layout);
-    groups(r, &mut v).await;
+    groups(r, &mut v).await?;
     let mut damaged = BTreeSet::new();
     locks(r, &mut v, &mut damaged, latest).await?;
     let whole = damaged.is_empty();
@@ -185,9 +187,15 @@ fn empty(layout: VolumeLayout) -> Loaded {
     }
 }
 
-async fn groups(r: &Reader, v: &mut Loaded) {
+async fn groups(r: &Reader, v: &mut Loaded) -> Result<(), RepairError> {
     let layout = v.layout;
-    for g in 0..layout.groups {
+    let ids: Vec<LockId> = (0..layout.groups).map(LockId::Group).collect();
+    let mut lock_sectors = Vec::new();
+    for chunk in ids.chunks(NODES) {
+        lock_sectors.extend(sectors(r, &layout, chunk).await?);
+    }
+    for (g, lock_sector) in (0..layout.groups).zip(lock_sectors) {
+        let lock = LockBlock::decode(&lock_sector, layout.volume, LockId::Group(g)).ok();
         let n = layout.group_extent(g).len.div_ceil(BITS_PER_BITMAP).min(layout.bitmap_blocks.into()) as u16;
         let at = layout.group_header(g);
         let maps: Vec<u64> = (0..n).map(|i| layout.group_bitmap(g, i)).collect();
@@ -202,18 +210,25 @@ async fn groups(r: &Reader, v: &mut Loaded) {
         let mut header = good(at, BlockKind::GroupHeader);
         let mut bitmaps: Vec<_> = maps.iter().map(|m| good(*m, BlockKind::GroupBitmap)).collect();
         let mut newest = bitmaps.iter().flatten().map(|b| version(b)).max().unwrap_or(0);
+        let mut header_version = header.as_ref().map_or(0, |h| version(h));
+        let least = lock.as_ref().map_or(0, |l| l.value.version);
         if let Some(h) = header.as_ref().and_then(|h| GroupHeader::decode(h).ok()) {
             newest = newest.max(h.bitmap_versions);
             let written = (0..).zip(&bitmaps).filter(|(i, _)| h.written_bitmaps & (1u64 << (i % 64)) != 0);
             let written: Option<Vec<u32>> = written.map(|(_, b)| b.as_deref().map(|b| version(b))).collect();
+            let stale = check_age(header_version, least).is_err();
             // One of them, or the header, is of an older state: none can be trusted to know what is in use.
-            if written.is_some_and(|v| h.check_versions(v.into_iter()).is_err()) {
+            if stale || written.is_some_and(|v| h.check_versions(v.into_iter()).is_err()) {
                 header = None;
                 bitmaps.fill(None);
             }
         }
-        v.groups.push(Group { header, bitmaps, version: newest, lock: None, lock_sector: Vec::new() });
+        if check_age(header_version, least).is_err() {
+            header_version = least as u32;
+        }
+        v.groups.push(Group { header, header_version, bitmaps, version: newest, lock, lock_sector });
     }
+    Ok(())
 }
 
 /// The domains that are in use, and those that may be because their group cannot say.
@@ -253,7 +268,7 @@ pub(super) async fn sectors(r: &Reader, layout: &VolumeLayout, ids: &[LockId]) -
         .collect()
 }
 
-/// Reads the lock blocks of groups and domains, and sorts the domains into those to be repaired and the others. Gives those
+/// Reads the lock blocks of domains, and sorts the domains into those to be repaired and the others. Gives those
 /// of which neither group nor lock block can say whether they are in use.
 async fn locks(
     r: &Reader,
@@ -265,20 +280,11 @@ async fn locks(
     let (used, unsure) = in_use(v);
     let mut maybe = BTreeSet::new();
     let mut unproved = Vec::new();
-    let ids: Vec<LockId> =
-        (0..layout.groups).map(LockId::Group).chain(used.union(&unsure).map(|d| LockId::Domain(*d))).collect();
-    for chunk in ids.chunks(NODES) {
-        for (id, sector) in chunk.iter().zip(sectors(r, &layout, chunk).await?) {
-            let lock = LockBlock::decode(&sector, layout.volume, *id).ok();
-            let d = match id {
-                LockId::Group(g) => {
-                    if let Some(x) = v.groups.get_mut(*g as usize) {
-                        (x.lock, x.lock_sector) = (lock, sector);
-                    }
-                    continue;
-                }
-                LockId::Domain(d) => *d,
-            };
+    let all: Vec<u32> = used.union(&unsure).copied().collect();
+    for chunk in all.chunks(NODES) {
+        let ids: Vec<LockId> = chunk.iter().map(|d| LockId::Domain(*d)).collect();
+        for (d, sector) in chunk.iter().copied().zip(sectors(r, &layout, &ids).await?) {
+            let lock = LockBlock::decode(&sector, layout.volume, LockId::Domain(d)).ok();
             let root = lock.as_ref().map_or(0, |l| l.value.root);
             let sure = used.contains(&d);
             let slots = FIRST_SLOT_DOMAIN..FIRST_SLOT_DOMAIN + u32::from(layout.nodes);

@@ -248,6 +248,27 @@ async fn who_unlinked_has_left_before_the_opener_dies() {
     check_clean(&disk, 0).await;
 }
 
+/// Whenever who unlinked leaves: before the death is known, while the dead one is recovered, after it.
+#[tokio::test(start_paused = true)]
+async fn who_unlinked_leaves_as_the_opener_dies() {
+    for after in (0..80).map(|n| Duration::from_millis(n * 50)) {
+        let disk = disk(64 << 20).await;
+        disk.set_latency(5_000..=20_000);
+        let dev = disk.open("a");
+        let (a, b, c) = (mount_on(dev.clone(), "a").await, mount(&disk, "b").await, mount(&disk, "c").await);
+        let (d, f) = open_file(&a).await;
+        b.unlink(d, b"msg").await.map(drop).expect("unlink");
+        assert_eq!(a.read(f, 0, 10).await.expect("open files stay readable").value, [9; 10]);
+        dev.crash();
+        tokio::time::sleep(after).await;
+        b.unmount().await.expect("unmount");
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        c.unmount().await.expect("unmount");
+        println!("who unlinked left after {after:?}");
+        none_left(&disk).await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn opener_and_unlinker_die_together() {
     for survivors in [1, 0] {

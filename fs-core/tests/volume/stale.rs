@@ -255,3 +255,45 @@ async fn a_placing_that_is_lost_is_seen_by_the_next_holder() {
     }
     assert!(seen > 5, "{seen} placings were lost");
 }
+
+/// All blocks of a group are left as they were: each is sound, and they fit together. The lock block knows better, once the group has been
+/// given to another node.
+#[tokio::test(start_paused = true)]
+async fn a_group_of_which_all_writes_were_lost() {
+    let (disk, mut files, dirs) = volume().await;
+    let before = disk.snapshot();
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    change(&a, &dirs, &mut files).await;
+    a.unmount().await.expect("unmount");
+    // It takes over what the other had: fresh blocks of each group.
+    let filler = b.mknod(WHO, ROOT_INO, b"filler", file(), false).await.expect("create").value.ino;
+    while b.write(filler, 0, &[1; 1 << 20], WriteOptions { append: true, ..WriteOptions::default() }).await.is_ok() {}
+    b.unlink(ROOT_INO, b"filler").await.expect("unlink");
+    b.unmount().await.expect("unmount");
+    check_clean(&disk, 0).await;
+    let now = disk.snapshot();
+    let raw: Arc<dyn BlockDevice> = disk.open_raw();
+    let layout = fs_core::read_superblock(raw.as_ref()).await.expect("superblock").layout();
+    for g in 0..layout.groups {
+        let all = layout.group_header(g)..layout.group_bitmap(g, layout.bitmap_blocks);
+        assert!(all.clone().any(|n| block(&before, n) != block(&now, n)), "group {g} has not changed");
+        let disk = on(&now);
+        all.for_each(|n| disk.write_raw(n * BLOCK, &block(&before, n)));
+        let said = violations(&disk).await;
+        assert!(said.iter().any(|s| s.contains("version")), "fsck says {said:?} of group {g}");
+        let v = mount(&disk, "c").await;
+        let full = v.mknod(WHO, ROOT_INO, b"filler", file(), false).await.map(|m| m.value.ino);
+        let mut errors = Vec::new();
+        if let Ok(f) = full {
+            let append = WriteOptions { append: true, ..WriteOptions::default() };
+            while errors.is_empty() {
+                errors.extend(v.write(f, 0, &[2; 1 << 20], append).await.map(drop).err());
+            }
+        }
+        // Where there are other groups they are used; nothing of this one is.
+        drop(v);
+        let mut kept = repaired(&disk, &dirs, &files).await;
+        kept.retain(|k| files.contains_key(k));
+        assert_eq!(kept.len(), files.len(), "group {g}: files were written over; writing ended with {errors:?}");
+    }
+}

@@ -138,7 +138,7 @@ fn line(r: &Report) -> String {
     let per_minute = t.seeds as f64 * 60.0 / r.time.as_secs_f64().max(0.001);
     format!(
         "{} seeds in {:.0} s ({per_minute:.0} per minute), {} failed; {} operations, {} crashes, {} losses of all nodes, \
-         {} mounts, {} times full, {} trees and messages verified after a crash",
+         {} mounts, {} times full, {} errors of damage, {} trees and messages verified after a crash",
         t.seeds,
         r.time.as_secs_f64(),
         r.failures.len(),
@@ -147,6 +147,7 @@ fn line(r: &Report) -> String {
         t.blackouts,
         t.mounts,
         t.full,
+        t.damaged,
         t.verified
     )
 }

@@ -15,7 +15,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::task::JoinSet;
 
-use super::client::{FILE, WHO, list};
+use super::client::{FILE, WHO};
+use super::reading::list;
 use super::world::{Ack, Host, Outcome, Stop, World};
 
 /// Bytes written at once, by who fills the volume, and of one of its files.

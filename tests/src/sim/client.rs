@@ -1,13 +1,13 @@
 //! A client that has a directory tree to itself and works in it, on one node after the other.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fs_core::{Caller, Fallocate, FsError, NewNode, Rename, SetAttr, Volume, WriteOptions, XattrSet};
+use fs_core::{Caller, Fallocate, NewNode, Rename, SetAttr, Volume, WriteOptions, XattrSet};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+use super::reading::read_or_damaged;
 use super::tree::{Bytes, Change, Id, Obj, ROOT, Seen, Tree};
 use super::world::{Ack, Host, Outcome, Seat, Stop, World};
 
@@ -16,19 +16,21 @@ pub const FILE: NewNode = NewNode { mode: 0o100644, umask: 0, rdev: 0 };
 pub const DIR: NewNode = NewNode { mode: 0o755, umask: 0, rdev: 0 };
 /// `tmp`, `new` and `cur` share their parent's domain.
 const NAMES: [&str; 7] = ["a", "b", "c", "d", "new", "cur", "tmp"];
-const ATTRIBUTE: &[u8] = b"user.sim";
+pub const ATTRIBUTE: &[u8] = b"user.sim";
 const MOST_DIRS: usize = 9;
 const MOST_BYTES: usize = 60_000;
 
 pub struct Client {
-    world: Arc<World>,
-    name: String,
+    pub(super) world: Arc<World>,
+    pub(super) name: String,
     rng: StdRng,
-    tree: Tree,
+    pub(super) tree: Tree,
     /// Who made the changes that `tree` does not know to be durable.
-    maker: Option<Arc<Host>>,
-    /// What was under way when the maker died.
-    pending: Option<Change>,
+    pub(super) maker: Option<Arc<Host>>,
+    /// What was under way when the maker died, or met damage.
+    pub(super) pending: Option<Change>,
+    /// It has met damage, and does not go on.
+    pub(super) struck: bool,
 }
 
 type Try<T> = Result<T, &'static str>;
@@ -36,7 +38,7 @@ type Try<T> = Result<T, &'static str>;
 impl Client {
     pub fn new(world: Arc<World>, index: usize, root: u64) -> Self {
         let rng = StdRng::seed_from_u64(world.setup.seed.wrapping_mul(64).wrapping_add(index as u64));
-        Self { world, name: format!("c{index}"), rng, tree: Tree::new(root), maker: None, pending: None }
+        Self { world, name: format!("c{index}"), rng, tree: Tree::new(root), maker: None, pending: None, struck: false }
     }
 
     /// Works until the run is over, and returns itself for the final check.
@@ -74,7 +76,7 @@ impl Client {
     }
 
     /// What other clients' syncs on this node made durable of ours.
-    fn note_durable(&mut self) {
+    pub(super) fn note_durable(&mut self) {
         if let Some(maker) = &self.maker {
             let p = *maker.promise.lock();
             self.tree.settle(p.durable, p.synced);
@@ -132,11 +134,11 @@ impl Client {
         }
     }
 
-    async fn read(&self, host: &Host) -> Outcome<Seen> {
+    pub(super) async fn read(&self, host: &Host) -> Outcome<Seen> {
         let root = self.tree.inos[&ROOT];
         let what = format!("{} reads its tree", self.name);
         // Every operation for itself must end in time.
-        read(&self.world, host, &what, root).await
+        read_or_damaged(&self.world, host, &what, root).await
     }
 
     // ---- changing ----------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ impl Client {
         Ok(got.ok())
     }
 
-    async fn operation(&mut self, host: &Arc<Host>) -> Outcome<()> {
+    pub(super) async fn operation(&mut self, host: &Arc<Host>) -> Outcome<()> {
         let v = host.volume.clone();
         match self.rng.random_range(0..100) {
             0..16 => self.create(host, &v).await,
@@ -533,56 +535,4 @@ impl Client {
 /// What a full volume may refuse: all but what frees space.
 fn may_need_space(change: &Change) -> bool {
     !matches!(change, Change::Unlink { .. } | Change::Rmdir { .. })
-}
-
-/// Reads a directory and all below it.
-fn read<'a>(
-    world: &'a World,
-    host: &'a Host,
-    what: &'a str,
-    ino: u64,
-) -> std::pin::Pin<Box<dyn Future<Output = Outcome<Seen>> + Send + 'a>> {
-    Box::pin(async move {
-        let v = &host.volume;
-        let attr = world.done(host, what, v.getattr(ino)).await?.value.inode;
-        if attr.is_file() {
-            let contents = Arc::new(world.done(host, what, v.read(ino, 0, 1 << 20)).await?.value);
-            if contents.len() as u64 != attr.size {
-                let e = format!("{} {what}: {ino:#x} has {} bytes of {}", host.name(), contents.len(), attr.size);
-                return Err(world.fail(e));
-            }
-            let xattr = match world.call(host, what, v.getxattr(ino, ATTRIBUTE)).await? {
-                Ok(v) => Some(Arc::new(v.value)),
-                Err(FsError::NoAttr) => None,
-                Err(e) => return Err(world.unexpected(host, what, &e)),
-            };
-            return Ok(Seen::File { ino, contents, mode: attr.mode, links: attr.links, xattr });
-        }
-        if attr.is_symlink() {
-            let target = world.done(host, what, v.readlink(ino)).await?.value;
-            return Ok(Seen::Link { ino, target: String::from_utf8_lossy(&target).into_owned() });
-        }
-        let mut names = BTreeMap::new();
-        for (name, child) in list(world, host, what, ino).await? {
-            names.insert(name, read(world, host, what, child).await?);
-        }
-        Ok(Seen::Dir { ino, names })
-    })
-}
-
-/// A directory's names with their inodes.
-pub async fn list(world: &World, host: &Host, what: &str, dir: u64) -> Outcome<BTreeMap<String, u64>> {
-    let (mut names, mut after) = (BTreeMap::new(), 0);
-    loop {
-        let part = world.done(host, what, host.volume.readdir(dir, after, 50, true)).await?.value;
-        let Some(last) = part.last() else { return Ok(names) };
-        after = last.cookie;
-        for e in part {
-            let name = String::from_utf8_lossy(&e.name).into_owned();
-            if names.insert(name, e.ino).is_some() {
-                let name = String::from_utf8_lossy(&e.name);
-                return Err(world.fail(format!("{} {what}: {name} is listed twice", host.name())));
-            }
-        }
-    }
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use fs_core::{FsError, ROOT_INO, WriteOptions};
 
-use super::client::{FILE, WHO, list};
+use super::client::{FILE, WHO};
+use super::reading::list;
 use super::world::{Host, Outcome, World};
 
 /// Blocks that the domain of a slot may keep, if it was used: its header, a root, what is set aside for more.

@@ -17,6 +17,7 @@ use super::bulk::{Bulk, Kind};
 use super::client::{Client, DIR, WHO};
 use super::device;
 use super::emptying;
+use super::lies;
 use super::locker::{Locked, Locker};
 use super::mail::{Mail, Mailer};
 use super::opened::{Opened, Opener};
@@ -242,6 +243,9 @@ async fn end(world: &Arc<World>, rng: &mut StdRng, mut clients: Vec<Client>, mut
         let n = report.orphans;
         return Err(world.fail(format!("{n} files without a name stay, with nobody there who has them open")));
     }
+    if world.setup.lies {
+        return lies::lies(world, rng, &mut clients).await;
+    }
     if !world.setup.emptied || emptying::is_back(world, report.blocks_free) {
         return Ok(());
     }
@@ -276,7 +280,7 @@ async fn dead_are_buried(world: &Arc<World>, last: &Host) -> Outcome<()> {
 }
 
 /// The check of a volume that nobody has mounted: with the journals of the dead replayed in memory.
-async fn fsck(world: &Arc<World>, when: &str) -> Outcome<Report> {
+pub async fn fsck(world: &Arc<World>, when: &str) -> Outcome<Report> {
     if world.setup.fencing != FencingKind::ProcessLock {
         // A heartbeat on its way from a node that died looks like life.
         tokio::time::sleep(world.setup.late_write_delay).await;

@@ -13,7 +13,8 @@ use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::client::{FILE, WHO, list};
+use super::client::{FILE, WHO};
+use super::reading::list;
 use super::world::{Ack, Host, Outcome, Seat, Stop, World};
 
 /// A directory of a mailbox: its number in [`Mail::dirs`].

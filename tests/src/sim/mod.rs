@@ -13,7 +13,7 @@
 //! [`world`] has the hosts ([`host`]) and their lives, [`tree`] the model of a private directory tree and [`client`] the work on it,
 //! [`mail`] mailboxes that all nodes share, [`shared`] a dot-lock and a log they fight over, [`locker`] file locks,
 //! [`opened`] files that are removed while open, [`bulk`] floods of changes and full volumes, [`emptying`] what is left when all is
-//! removed, [`witness`] what the device sees, [`fate`] the accidents ([`device`] those of the device) and the end, [`soak`] runs seeds on all cores,
+//! removed, [`lies`] a device that loses metadata, [`witness`] what the device sees, [`fate`] the accidents ([`device`] those of the device) and the end, [`soak`] runs seeds on all cores,
 //! [`kept`] keeps those that failed.
 
 mod bulk;
@@ -23,9 +23,11 @@ mod emptying;
 mod fate;
 mod host;
 pub mod kept;
+mod lies;
 mod locker;
 mod mail;
 mod opened;
+mod reading;
 mod setup;
 mod shared;
 pub mod soak;
@@ -53,6 +55,8 @@ pub struct Totals {
     pub blackouts: u64,
     /// Times that a client found the volume full.
     pub full: u64,
+    /// Errors that told of damage.
+    pub damaged: u64,
     /// Mounts, of which all but the first of each host follow a crash or an unmount.
     pub mounts: u64,
     /// Trees and messages compared with what was allowed after a crash.
@@ -68,6 +72,7 @@ impl Totals {
         self.crashes += other.crashes;
         self.blackouts += other.blackouts;
         self.full += other.full;
+        self.damaged += other.damaged;
         self.mounts += other.mounts;
         self.verified += other.verified;
         self.digest ^= other.digest;

@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::client::{DIR, FILE, WHO, list};
+use super::client::{DIR, FILE, WHO};
+use super::reading::list;
 use super::tree::Bytes;
 use super::world::{Host, Outcome, Seat, Stop, World};
 

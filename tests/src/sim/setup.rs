@@ -67,6 +67,8 @@ pub struct Setup {
     pub discard: bool,
     /// At the end everything is removed, and the free space compared with that of the beginning.
     pub emptied: bool,
+    /// At the end the device loses writes of metadata.
+    pub lies: bool,
 }
 
 impl Setup {
@@ -113,12 +115,14 @@ impl Setup {
             bulk: 0,
             discard: seed.is_multiple_of(3),
             emptied: rng.random_bool(0.4),
+            lies: false,
         };
         match rng.random_range(0..100) {
             0..8 => s.fills_up(&mut rng),
             8..18 => (s.bulk, s.journal_bytes) = (rng.random_range(1..=3), SMALL_JOURNAL),
             _ => {}
         }
+        s.lies = !s.emptied && rng.random_bool(0.3);
         s
     }
 

@@ -228,9 +228,34 @@ impl State {
 /// What a node showed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
-    Dir { ino: u64, names: BTreeMap<String, Seen> },
-    File { ino: u64, contents: Bytes, mode: u32, links: u32, xattr: Option<Bytes> },
-    Link { ino: u64, target: String },
+    Dir {
+        ino: u64,
+        names: BTreeMap<String, Seen>,
+    },
+    File {
+        ino: u64,
+        contents: Bytes,
+        mode: u32,
+        links: u32,
+        xattr: Option<Bytes>,
+    },
+    Link {
+        ino: u64,
+        target: String,
+    },
+    /// An error said that it is damaged.
+    Damaged,
+}
+
+impl Seen {
+    /// Whether some of it is damaged.
+    pub fn has_damage(&self) -> bool {
+        match self {
+            Seen::Damaged => true,
+            Seen::Dir { names, .. } => names.values().any(Seen::has_damage),
+            _ => false,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -298,6 +323,30 @@ impl Tree {
             }
         }
         Match::new(&exact, &BTreeMap::new(), &self.inos).object(ROOT, seen, "")
+    }
+
+    /// As [`Tree::check_now`], while a change may be half done.
+    pub fn check_half_done(&self, seen: &Seen, pending: &Change) -> Result<(), String> {
+        let mut both = self.now.clone();
+        for o in both.objs.values_mut() {
+            if let Obj::File(f) = o {
+                f.settle(Ack::MAX);
+            }
+        }
+        both.apply(Ack::MAX, pending);
+        let mut late = BTreeMap::new();
+        if let Change::Write { id, contents } | Change::Resize { id, contents } = pending {
+            let old = match &self.now.objs[id] {
+                Obj::File(f) => f.now().clone(),
+                _ => Bytes::default(),
+            };
+            both.file(*id).versions = vec![(0, old.clone()), (Ack::MAX, contents.clone())];
+            late.insert(*id, vec![old, contents.clone()]);
+        }
+        self.check_now(seen).or_else(|e| {
+            let also = Match::new(&both, &late, &self.inos).object(ROOT, seen, "");
+            also.map_err(|f| format!("before {}: {e}; after it: {f}", brief(pending)))
+        })
     }
 
     /// Everything so far is durable.
@@ -403,7 +452,7 @@ impl<'a> Match<'a> {
     }
 
     fn object(&mut self, id: Id, seen: &Seen, path: &str) -> Result<(), String> {
-        let (Seen::Dir { ino, .. } | Seen::File { ino, .. } | Seen::Link { ino, .. }) = seen;
+        let (Seen::Dir { ino, .. } | Seen::File { ino, .. } | Seen::Link { ino, .. }) = seen else { return Ok(()) };
         let (was, whose) = (*self.inos.entry(id).or_insert(*ino), *self.ids.entry(*ino).or_insert(id));
         if was != *ino || whose != id {
             return Err(format!("{path} is inode {ino:#x} instead of {was:#x}"));

@@ -40,6 +40,8 @@ pub struct World {
     accidents: Mutex<VecDeque<Instant>>,
     /// The device fails commands, and how often it began to.
     failing: AtomicBool,
+    /// The device loses metadata: errors may say that something is damaged.
+    pub lying: AtomicBool,
     failures: AtomicU64,
     /// What the hosts' wall clocks showed when they mounted.
     clocks: Vec<Arc<AtomicI64>>,
@@ -69,6 +71,7 @@ impl World {
             acks: AtomicU64::new(0),
             accidents: Mutex::default(),
             failing: AtomicBool::new(false),
+            lying: AtomicBool::new(false),
             failures: AtomicU64::new(0),
             setup,
         })
@@ -140,8 +143,30 @@ impl World {
         }
     }
 
+    pub fn lying(&self) -> bool {
+        self.lying.load(Relaxed)
+    }
+
+    /// Whether an error tells of what a lying device has damaged. It fails an operation, and only where it keeps a lock from being given
+    /// up the node.
+    fn is_damage(&self, host: &Host, what: &str, e: &FsError) -> bool {
+        let failed = host.volume.has_failed();
+        if !self.lying() || !(failed || damage(e)) {
+            return false;
+        }
+        self.note(format_args!("{} {what}: {e}", host.name()));
+        self.totals.lock().damaged += 1;
+        if failed {
+            host.dev.crash();
+        }
+        true
+    }
+
     /// Whether an error of a host comes from commands that failed. The host is of no more use, and is killed.
     pub fn excused(&self, host: &Host, what: &str, e: &FsError) -> bool {
+        if self.is_damage(host, what, e) {
+            return true;
+        }
         let fitting = matches!(e, FsError::Device(_) | FsError::Journal(_) | FsError::Cluster(_));
         let excused = fitting && host.faulty.load(Relaxed);
         if excused {
@@ -255,7 +280,15 @@ impl World {
             self.died(port.as_deref());
             return Ok(None);
         }
-        let volume = mounted.map_err(|e| self.fail(format!("{name} cannot mount: {e}")))?;
+        let volume = match mounted {
+            Err(MountError::Fs(e)) if self.lying() && damage(&e) => {
+                self.note(format_args!("{name} cannot mount: {e}"));
+                self.totals.lock().damaged += 1;
+                dev.crash();
+                return Ok(None);
+            }
+            r => r.map_err(|e| self.fail(format!("{name} cannot mount: {e}")))?,
+        };
         if self.setup.discard {
             volume.discard_freed_blocks();
         }
@@ -305,7 +338,7 @@ impl World {
     }
 
     /// A node hangs, or loses its path to the device, for so long that the others take over; then it wakes up, and nothing it
-    /// does may matter any more (I12). Later it is killed.
+    /// does may matter any more (I12). Later it is killed; until then its host may have become a node again.
     pub fn lose(self: &Arc<Self>, host: &Arc<Host>, cut: bool, wakes: Duration, dies: Duration) {
         self.note(format_args!("{} {}", host.name(), if cut { "is cut off" } else { "hangs" }));
         if cut {
@@ -323,9 +356,27 @@ impl World {
             } else {
                 host.dev.hang(false);
             }
-            tokio::time::sleep(dies).await;
+            tokio::time::sleep(dies / 2).await;
+            if host.life.is_multiple_of(2) {
+                world.rejoins(&host);
+            }
+            tokio::time::sleep(dies / 2).await;
             host.dev.crash();
         });
+    }
+
+    /// The host of a node that has lapsed may become a node again at once, as a mount does by itself, while what was under way in the old
+    /// membership still is.
+    fn rejoins(&self, host: &Arc<Host>) {
+        let mut hosts = self.hosts.lock();
+        let mine = &mut hosts[host.index];
+        if host.volume.has_failed() && mine.as_ref().is_some_and(|h| Arc::ptr_eq(h, host)) {
+            *mine = None;
+            drop(hosts);
+            self.note(format_args!("{} has lapsed, and lets another life begin", host.name()));
+            host.volume.abandon();
+            self.changed.notify_waiters();
+        }
     }
 
     /// As [`World::lose`] of a node to which something else happens.
@@ -484,6 +535,10 @@ impl World {
             false => self.fail(format!("{} {what}: {e}", host.name())),
         }
     }
+}
+
+fn damage(e: &FsError) -> bool {
+    matches!(e, FsError::Block { .. } | FsError::Damaged { .. })
 }
 
 fn errno(e: &FsError) -> Option<&'static str> {
