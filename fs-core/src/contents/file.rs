@@ -111,7 +111,7 @@ fn note_access(tx: &Txn<'_>, ino: u64, inode: &Inode) -> Result<()> {
         return Ok(());
     }
     let now = vol.now();
-    let stale = inode.atime <= inode.mtime || inode.atime <= inode.ctime || now.secs - inode.atime.secs > ATIME_AGE;
+    let stale = access_is_old(inode, now);
     if stale && let Some(vol) = vol.me.upgrade() {
         tokio::spawn(async move { vol.set_atime(ino, now).await });
     }
@@ -133,9 +133,14 @@ impl Volume {
     }
 }
 
+fn access_is_old(inode: &Inode, now: Time) -> bool {
+    inode.atime <= inode.mtime || inode.atime <= inode.ctime || now.secs - inode.atime.secs > ATIME_AGE
+}
+
 async fn set_atime(tx: &mut Txn<'_>, ino: u64, now: Time) -> Result<()> {
     let mut inode = tx.inode(ino).await?;
-    if inode.atime < now {
+    // Another read may have renewed it meanwhile.
+    if inode.atime < now && access_is_old(&tx.live_inode(ino).await?, now) {
         inode.atime = now;
         tx.put_inode(ino, &inode).await?;
     }

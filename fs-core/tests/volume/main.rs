@@ -14,3 +14,4 @@ mod repair;
 mod reused_domains;
 mod scale;
 mod stale;
+mod times;

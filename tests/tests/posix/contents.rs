@@ -197,7 +197,6 @@ fn times_of_reads_and_stores() {
     c.finish();
 }
 
-/// Their names are on all nodes, what they connect is on one host.
 /// The kernel keeps writers from it, and nothing is emptied before it does.
 #[test]
 fn a_running_program_is_not_emptied() {
@@ -241,6 +240,7 @@ fn emptied_by_another_user() {
     c.finish();
 }
 
+/// Their names are on all nodes, what they connect is on one host.
 #[test]
 fn sockets_and_fifos() {
     let c = Cluster::start(2);
