@@ -9,7 +9,7 @@
 //! | 8  | 8  | volume id: first 8 bytes of the volume's UUID |
 //! | 16 | 8  | block number, in blocks of 4096 bytes from the start of the device |
 //! | 24 | 4  | owner number (domain or group) |
-//! | 28 | 4  | version of a tree node or bitmap block, which what leads to it knows; zero in headers |
+//! | 28 | 4  | version of a tree node or bitmap block, which what leads to it knows; of a group header: +1 per operation that changes it; zero in a domain header |
 //! | 32 | 8  | tenure of the owner's lock under which the block last changed |
 //! | 40 | 8  | journal record that last changed it; (tenure, record) only grows while the owner stays the same (I5) |
 //! | 48 | 16 | first 16 bytes of the blake3 hash of the whole block with this field zero |

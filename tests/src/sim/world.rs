@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use blockdev::FencingKind;
-use blockdev::sim::SimDisk;
+use blockdev::sim::{NodeMode, SimDisk};
 use cluster::simnet::{NetRates, SimNet, SimPort};
 use cluster::{ClusterError, HintNet, SlotBlock, SlotState};
 use fs_core::{Atime, FsError, MountConfig, MountError, NoKernelCache, Volume};
@@ -29,6 +29,8 @@ pub struct World {
     pub trace: Trace,
     pub totals: Mutex<Totals>,
     hosts: Mutex<Vec<Option<Arc<Host>>>>,
+    /// Lapsed memberships that linger while their hosts may be nodes again.
+    lingering: Mutex<Vec<Arc<Host>>>,
     lives: Mutex<Vec<u32>>,
     /// Hosts came or went.
     pub changed: Notify,
@@ -63,6 +65,7 @@ impl World {
             trace: Trace::new(verbose),
             totals: Mutex::default(),
             hosts: Mutex::new(vec![None; setup.hosts]),
+            lingering: Mutex::default(),
             lives: Mutex::new(vec![0; setup.hosts]),
             changed: Notify::new(),
             failure: Mutex::new(None),
@@ -114,7 +117,8 @@ impl World {
 
     /// Whether a node that everybody has given up has not been killed yet.
     pub fn lost(&self) -> bool {
-        self.hosts.lock().iter().flatten().any(|h| h.dead())
+        let lingers = self.lingering.lock().iter().any(|h| h.dev.mode() != NodeMode::Crashed);
+        lingers || self.hosts.lock().iter().flatten().any(|h| h.dead())
     }
 
     pub fn is_up(&self, index: usize) -> bool {
@@ -375,6 +379,7 @@ impl World {
             drop(hosts);
             self.note(format_args!("{} has lapsed, and lets another life begin", host.name()));
             host.volume.abandon();
+            self.lingering.lock().push(host.clone());
             self.changed.notify_waiters();
         }
     }
