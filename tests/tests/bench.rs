@@ -2,6 +2,9 @@
 //! the programs and what `cargo xtask setup` installs.
 #![allow(clippy::unwrap_used)]
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
 use clusterfs_tests::bench::place::Place;
 use clusterfs_tests::bench::{Measured, Scale, measure, scenarios};
 
@@ -26,4 +29,31 @@ fn every_scenario_measures_something() {
     }
     let flag = measured.iter().find(|m| m.scenario.name == "handover" && m.nodes == 2).unwrap();
     assert!(flag.rounds[0].io.compare_and_writes >= 1.0, "a handover without a change of the lock block");
+}
+
+/// What mentions a directory: mounts, and files behind loop devices.
+fn uses_of(dir: &str) -> Vec<String> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let loops = Command::new("losetup").args(["--noheadings", "--output", "BACK-FILE"]).output().unwrap();
+    let loops = String::from_utf8(loops.stdout).unwrap();
+    mounts.lines().chain(loops.lines()).filter(|l| l.contains(dir)).map(str::to_string).collect()
+}
+
+#[test]
+fn an_interrupted_run_leaves_nothing() {
+    let store = tempfile::tempdir().unwrap();
+    let dir = store.path().to_str().unwrap();
+    let args = ["run", "deliver-2k", "--on", "clusterfs", "--on", "ext4", "--rounds", "1000", "--store", dir];
+    let mut run = Command::new(env!("CARGO_BIN_EXE_clusterfs-bench"));
+    let mut run = run.args(args).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(run.stderr.take().unwrap()).lines();
+    assert!(said.next().unwrap().unwrap().starts_with("deliver-2k"));
+    let used = uses_of(dir).len();
+    // SAFETY: a child that has not been waited for.
+    unsafe { libc::kill(run.id() as libc::pid_t, libc::SIGINT) };
+    let status = run.wait().unwrap();
+    let said: Vec<String> = said.map(|l| l.unwrap()).collect();
+    assert!(!status.success() && said.iter().any(|l| l.contains("ended by a signal")), "{status}: {said:?}");
+    assert!(used >= 2, "nothing was mounted");
+    assert_eq!(uses_of(dir), [""; 0]);
 }

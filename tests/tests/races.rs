@@ -165,7 +165,7 @@ fn opening_is_judged_by_the_winner(c: &Cluster) {
     let dir = c.mount_point(0).join("open");
     fs::create_dir(&dir).unwrap();
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
-    let all = rounds(c, "open", ROUNDS / 2, |n, dir, round| {
+    let all = rounds(c, "open", ROUNDS / 4, |n, dir, round| {
         let mut how = OpenOptions::new();
         how.read(true).write(true).mode(0o600);
         let f = if n == 0 { how.create_new(true) } else { how.create(true).truncate(true) };
@@ -210,6 +210,6 @@ fn every_race_has_one_winner() {
             s.spawn(move || race(c));
         }
     });
-    println!("{} rounds in {:.1?}", 4 * ROUNDS + ROUNDS / 2, started.elapsed());
+    println!("{} rounds in {:.1?}", 4 * ROUNDS + ROUNDS / 4, started.elapsed());
     c.finish();
 }

@@ -17,6 +17,7 @@ pub mod report;
 pub mod scenarios;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::cluster::Result;
@@ -139,6 +140,23 @@ pub struct Measured {
     pub rounds: Vec<Figures>,
 }
 
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on the first of ctrl-C, SIGTERM and SIGHUP ends [`measure`] with an error as soon as what it measures is over, so that
+/// everything is unmounted; the second ends the process.
+pub fn end_on_signals() {
+    extern "C" fn note(signal: libc::c_int) {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            // SAFETY: may be called in a signal handler.
+            unsafe { libc::_exit(128 + signal) };
+        }
+    }
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the handler does nothing that a signal handler may not.
+        unsafe { libc::signal(signal, note as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+    }
+}
+
 /// Measures the scenarios whose names contain one of `wanted` (all if there is none) in all places. `told` hears of
 /// each that begins.
 pub fn measure(
@@ -163,6 +181,9 @@ pub fn measure(
         }
         for _ in 0..rounds {
             for (place, measured) in &mut these {
+                if INTERRUPTED.load(Ordering::Relaxed) {
+                    return Err("ended by a signal".into());
+                }
                 serial += 1;
                 let failed = |e| {
                     let (on, nodes, said) = (&measured.place, measured.nodes, place.complaints());

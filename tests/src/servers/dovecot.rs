@@ -27,6 +27,9 @@ pub struct Dovecot {
     pub pop3: SocketAddr,
 }
 
+/// Set in the environment: more lines of dovecot.conf, to try them out.
+const MORE: &str = "CLUSTERFS_DOVECOT";
+
 impl Dovecot {
     /// `settings` are lines of dovecot.conf that are to be tested, behind the few that every site needs.
     pub fn start(cluster: &Cluster, node: usize, dir: &Path, store: Store, settings: &str) -> Result<Self> {
@@ -60,7 +63,9 @@ userdb {{
 }}
 {imap}{pop3}{lmtp}mail_location = {location}
 {settings}
+{more}
 ",
+            more = std::env::var(MORE).unwrap_or_default(),
             dir = dir.display(),
             log = log.display(),
             root = cluster.mount_point(node).display(),

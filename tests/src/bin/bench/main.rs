@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use clusterfs_tests::bench::place::{self, Place};
 use clusterfs_tests::bench::report::{self, Run};
-use clusterfs_tests::bench::{Scale, measure, scenarios};
+use clusterfs_tests::bench::{Scale, end_on_signals, measure, scenarios};
 use clusterfs_tests::cluster::Result;
 
 #[derive(Parser)]
@@ -100,6 +100,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &RunArgs) -> Result<()> {
+    end_on_signals();
     place::is_roomy(&args.store.store, 4 << 30)?;
     let store = tempfile::tempdir_in(&args.store.store)?;
     let before = load();
