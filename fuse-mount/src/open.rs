@@ -90,7 +90,9 @@ impl Job {
         drop(self.volume.open(found.ino).await?);
         let opened = Opened { volume: &self.volume, ino: found.ino };
         let held = if flags & libc::O_TRUNC as u32 != 0 {
-            self.volume.setattr(found.ino, SetAttr { size: Some(0), ..SetAttr::default() }).await?
+            self.volume
+                .setattr(found.ino, SetAttr { size: Some(0), kill_suid: who.uid != 0, ..SetAttr::default() })
+                .await?
         } else {
             self.volume.getattr(found.ino).await?
         };

@@ -7,6 +7,7 @@ use std::time::Duration;
 use blockdev::sim::{SimConfig, SimDisk, SimImage};
 use blockdev::{BlockDevice, FencingKind};
 use cluster::Timeouts;
+use fs_core::format::layout::BLOCK;
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -178,6 +179,11 @@ impl Setup {
         self.made().layout
     }
 
+    /// Where the group table begins, in bytes.
+    pub fn places(&self) -> u64 {
+        self.made().places
+    }
+
     /// A device with an empty volume.
     pub fn disk(&self) -> Arc<SimDisk> {
         let mut cfg = SimConfig::new(self.size, self.seed);
@@ -202,6 +208,8 @@ fn timeouts(queue: Duration) -> Timeouts {
 struct Made {
     image: Arc<SimImage>,
     layout: cluster::Layout,
+    /// Where the group table begins, in bytes.
+    places: u64,
     free_blocks: u64,
 }
 
@@ -239,6 +247,7 @@ fn make(shape: Shape) -> Made {
         Ok(Ok(Ok(made))) => Made {
             image: Arc::new(disk.snapshot()),
             layout: made.superblock.layout().cluster(),
+            places: made.superblock.layout().group_header(0) * BLOCK,
             free_blocks: made.free_blocks,
         },
         other => panic!("mkfs of the simulated device: {other:?}"),

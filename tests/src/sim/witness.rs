@@ -1,10 +1,12 @@
-//! Invariants that only the device can see, checked on every change of every node: I8, I10 and I12 as named in the design.
+//! Invariants that only the device can see, checked on every change of every node: I3, I4, I5, I8, I10 and I12 as named in the design.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use blockdev::sim::{Audit, Change};
-use cluster::{Layout, LockBlock, LockId, SlotBlock};
+use cluster::{Layout, LockBlock, LockId, NodeId, SlotBlock, Tenure};
+use fs_core::format::layout::BLOCK;
+use journal::block::BlockHeader;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -13,11 +15,46 @@ pub struct Witness {
     lease: Duration,
     /// Until when each node may write, by its heartbeats that arrived.
     leases: Mutex<BTreeMap<String, Instant>>,
+    /// Where the group table begins: metadata in their places are from here on.
+    places: u64,
+    /// Of each lock that has been taken: its tenure, and who holds it exclusively.
+    locks: Mutex<BTreeMap<LockId, (Tenure, Option<NodeId>)>>,
 }
 
 impl Witness {
-    pub fn new(layout: Layout, lease: Duration) -> Self {
-        Self { layout, lease, leases: Mutex::default() }
+    pub fn new(layout: Layout, places: u64, lease: Duration) -> Self {
+        Self { layout, lease, leases: Mutex::default(), places, locks: Mutex::default() }
+    }
+
+    fn lock_at(&self, offset: u64) -> LockId {
+        let index = ((offset - self.layout.locks) / self.layout.stride) as u32;
+        match index.checked_sub(self.layout.groups) {
+            None => LockId::Group(index),
+            Some(domain) => LockId::Domain(domain),
+        }
+    }
+
+    /// A metadata block goes to its place while its lock is held exclusively in the tenure in which it changed, by who changed it or by
+    /// one that ended and is not over yet (I3, I4, I5); and what is there is not newer (I8).
+    fn placed(&self, node: &str, block: &[u8], at: u64, old: &[u8]) -> Result<(), String> {
+        let own = |h: &BlockHeader| h.volume == self.layout.volume && h.block * BLOCK == at;
+        let Some(h) = BlockHeader::decode(block).ok().filter(own) else { return Ok(()) };
+        let (number, owner) = (h.block, h.owner);
+        match self.locks.lock().get(&owner) {
+            Some((tenure, Some(_))) if *tenure == h.tenure => {}
+            is => {
+                let was = format!("I3: {node} places block {number} of {owner}, changed in tenure {}", h.tenure);
+                return Err(format!("{was}; the lock's tenure and exclusive holder are {is:?}"));
+            }
+        }
+        match BlockHeader::decode(old).ok().filter(own).filter(|o| o.owner == owner) {
+            Some(o) if (o.tenure, o.record) > (h.tenure, h.record) => Err(format!(
+                "I8: {node} places block {number} of {owner} as of {:?} over {:?} (tenure, record)",
+                (h.tenure, h.record),
+                (o.tenure, o.record)
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn is_heartbeat(&self, offset: u64) -> bool {
@@ -34,7 +71,7 @@ impl Witness {
         self.layout.locks + (u64::from(self.layout.groups) + u64::from(self.layout.domains)) * self.layout.stride
     }
 
-    /// The sequence numbers of a slot or lock block before and after a change. `None`: it has never been used.
+    /// The sequence numbers of a slot or lock block before and after a change, of which note is taken. `None`: it has never been used.
     fn sequence(&self, offset: u64, old: &[u8], new: &[u8]) -> Result<(Option<u64>, u64), String> {
         let l = &self.layout;
         if offset < l.heartbeats {
@@ -42,10 +79,11 @@ impl Witness {
             let of = |b: &[u8]| SlotBlock::decode(b, l.volume, slot).map(|b| b.seq);
             return Ok((of(old).ok(), of(new).map_err(|e| format!("slot {slot}: {e}"))?));
         }
-        let index = ((offset - l.locks) / l.stride) as u32;
-        let id = if index < l.groups { LockId::Group(index) } else { LockId::Domain(index - l.groups) };
-        let of = |b: &[u8]| LockBlock::decode(b, l.volume, id).map(|b| b.seq);
-        Ok((of(old).ok(), of(new).map_err(|e| format!("{id}: {e}"))?))
+        let id = self.lock_at(offset);
+        let of = |b: &[u8]| LockBlock::decode(b, l.volume, id);
+        let (old, new) = (of(old).ok(), of(new).map_err(|e| format!("{id}: {e}"))?);
+        self.locks.lock().insert(id, (new.tenure, new.exclusive_holder()));
+        Ok((old.map(|b| b.seq), new.seq))
     }
 }
 
@@ -71,6 +109,12 @@ impl Audit for Witness {
             let of = leases.entry(c.node.to_owned()).or_insert(until);
             *of = (*of).max(until);
             return Ok(());
+        }
+        if c.offset >= self.places && c.offset.is_multiple_of(BLOCK) {
+            let blocks = c.new.chunks(BLOCK as usize).zip(old.chunks(BLOCK as usize));
+            return (0..)
+                .zip(blocks)
+                .try_for_each(|(i, (new, old))| self.placed(c.node, new, c.offset + i * BLOCK, old));
         }
         let l = &self.layout;
         let end = c.offset + c.new.len().max(1) as u64;
@@ -108,7 +152,7 @@ mod tests {
             domains: 4,
             plain: None,
         };
-        Witness::new(layout, Duration::from_secs(6))
+        Witness::new(layout, 1 << 20, Duration::from_secs(6))
     }
 
     #[test]
@@ -140,5 +184,34 @@ mod tests {
         arrives(&block(4), &block(5)).unwrap();
         assert!(arrives(&block(5), &block(5)).unwrap_err().starts_with("I8"));
         assert!(arrives(&block(5), &block(4)).unwrap_err().starts_with("I8"));
+    }
+
+    #[test]
+    fn metadata_are_placed_under_their_lock_and_forwards() {
+        let (w, id) = (witness(), LockId::Domain(1));
+        let arrives = |offset, new: &[u8], old: &[u8]| {
+            w.arrives(&Change { node: "h", issued: Instant::now(), offset, compared: true, new }, old)
+        };
+        let at = (1 << 20) + 4096;
+        let image = |tenure, record| {
+            let mut b = vec![0; 4096];
+            let kind = journal::block::BlockKind::TreeNode;
+            BlockHeader { kind, owner: id, volume: 7, block: at / 4096, version: 0, tenure, record }.encode(&mut b);
+            b
+        };
+        let place = |new: &[u8], old: &[u8]| arrives(at, new, old);
+        assert!(place(&image(1, 1), &[0; 4096]).unwrap_err().starts_with("I3"), "never taken");
+        let unheld = LockBlock::unheld(7, id, Default::default());
+        let held = |tenure, held| {
+            let entry = cluster::Entry { incarnation: 1, held, wanted: None, ticket: 0, open: false };
+            let lock = LockBlock { seq: tenure, tenure, entries: [(0, entry)].into(), ..unheld.clone() };
+            arrives(8192 + 3 * 512, &lock.encode(512), &[0; 512]).unwrap();
+        };
+        held(5, Some(cluster::Mode::Exclusive));
+        place(&image(5, 2), &image(4, 9)).unwrap();
+        assert!(place(&image(5, 2), &image(5, 3)).unwrap_err().starts_with("I8"));
+        assert!(place(&image(4, 2), &[0; 4096]).unwrap_err().starts_with("I3"), "of an earlier tenure");
+        held(5, Some(cluster::Mode::Shared));
+        assert!(place(&image(5, 2), &[0; 4096]).unwrap_err().starts_with("I3"), "given up");
     }
 }

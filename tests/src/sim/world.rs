@@ -57,7 +57,7 @@ impl World {
             net
         });
         let disk = setup.disk();
-        disk.set_audit(Arc::new(Witness::new(setup.layout(), setup.timeouts().lease())));
+        disk.set_audit(Arc::new(Witness::new(setup.layout(), setup.places(), setup.timeouts().lease())));
         Arc::new(Self {
             clocks: (0..setup.hosts).map(|_| Arc::new(AtomicI64::new(1_000_000))).collect(),
             disk,
