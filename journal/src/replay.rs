@@ -11,6 +11,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use blockdev::{AlignedBuf, BlockDevice, IoClass};
 use cluster::{LockId, NodeId, Tenure};
+use tokio::task::JoinSet;
 
 use crate::BLOCK_SIZE;
 use crate::block::{self, Block, BlockHeader};
@@ -19,6 +20,9 @@ use crate::diff::apply;
 use crate::format::{Delta, HEADER_COPY, Header, RECORD_HEADER, RING_START, Record};
 use crate::place::write_blocks;
 use crate::types::{JournalError, RecordNo, Region, Result};
+
+/// Blocks that replay reads at once.
+const READS: usize = 32;
 
 /// Bytes read at once.
 const CHUNK: u64 = 1 << 20;
@@ -323,9 +327,11 @@ impl Scan {
     ) -> Result<(BTreeMap<u64, Block>, ReplayReport)> {
         let mut report = ReplayReport { records: self.records.len(), dropped: self.dropped, ..Default::default() };
         let counted = self.counted(region, dead, locks, &mut report).await?;
+        let mut found = in_place(dev, counted.keys().copied()).await?;
         let mut images = BTreeMap::new();
         for (number, changes) in counted {
-            if let Some(image) = replayed(dev, region, number, &changes).await? {
+            let Some(image) = found.remove(&number) else { continue };
+            if let Some(image) = replayed(image, region, number, &changes)? {
                 images.insert(number, image);
             }
         }
@@ -371,19 +377,46 @@ impl Scan {
     }
 }
 
-/// The image that the changes lead to; `None` if the device has it already.
-pub(crate) async fn replayed(
+/// Reads the blocks that lie in their places now, many at once: the node's neighbours wait for it.
+pub(crate) async fn in_place(
     dev: &Arc<dyn BlockDevice>,
+    numbers: impl Iterator<Item = u64>,
+) -> Result<BTreeMap<u64, Block>> {
+    let on_device = dev.geometry().size / BLOCK_SIZE as u64;
+    let (mut found, mut reads) = (BTreeMap::new(), JoinSet::new());
+    let ended = |done: std::result::Result<_, tokio::task::JoinError>| {
+        done.unwrap_or_else(|e| Err(JournalError::Replay { block: 0, reason: format!("a read ended: {e}") }))
+    };
+    for block in numbers {
+        if block >= on_device {
+            return Err(JournalError::Replay { block, reason: "it lies beyond the device".into() });
+        }
+        if reads.len() >= READS
+            && let Some(done) = reads.join_next().await
+        {
+            found.extend([ended(done)?]);
+        }
+        let dev = dev.clone();
+        reads.spawn(async move {
+            let read = dev.read(IoClass::Meta, block * BLOCK_SIZE as u64, BLOCK_SIZE).await;
+            Ok::<_, JournalError>((block, read?))
+        });
+    }
+    while let Some(done) = reads.join_next().await {
+        found.extend([ended(done)?]);
+    }
+    Ok(found)
+}
+
+/// The image that the changes lead to, from the one in the block's place; `None` if that has them already.
+pub(crate) fn replayed(
+    mut image: Block,
     region: Region,
     number: u64,
     changes: &[Counted<'_>],
 ) -> Result<Option<Block>> {
     let Some(last) = changes.last() else { return Ok(None) };
     let fail = |reason: &str| JournalError::Replay { block: number, reason: reason.into() };
-    if number >= dev.geometry().size / BLOCK_SIZE as u64 {
-        return Err(fail("it lies beyond the device"));
-    }
-    let mut image = dev.read(IoClass::Meta, number * BLOCK_SIZE as u64, BLOCK_SIZE).await?;
     let sound = block::verify(&image, region.volume, number, last.lock).ok();
     let newer = |c: &&Counted<'_>, h: &BlockHeader| (c.tenure, c.record) > (h.tenure, h.record);
     let due: Vec<&Counted<'_>> = match &sound {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cluster::Mode;
+use tokio::sync::OwnedRwLockReadGuard;
 
 use crate::alloc::Purpose;
 use crate::hold::Ticket;
@@ -20,21 +21,23 @@ pub struct Plan {
     pub kept: Option<Kept>,
 }
 
-/// Keeps a lock while an operation waits for others: for a time only, as nobody may wait for one lock while keeping another.
+/// Keeps a group, and all that is free in it, while an operation waits for its domains: for a time only, as nobody may wait for one lock
+/// while keeping another.
 pub struct Kept {
-    _ticket: Arc<parking_lot::Mutex<Option<Ticket>>>,
+    _lent: Arc<parking_lot::Mutex<Option<(Ticket, OwnedRwLockReadGuard<()>)>>>,
 }
 
 impl Kept {
-    pub fn for_a_time(ticket: Ticket, time: std::time::Duration) -> Self {
-        let kept = Arc::new(parking_lot::Mutex::new(Some(ticket)));
+    /// `keeper` is of the ticket's hold.
+    pub fn for_a_time(ticket: Ticket, keeper: OwnedRwLockReadGuard<()>, time: std::time::Duration) -> Self {
+        let kept = Arc::new(parking_lot::Mutex::new(Some((ticket, keeper))));
         let weak = Arc::downgrade(&kept);
         tokio::spawn(async move {
             tokio::time::sleep(time).await;
             let over = weak.upgrade().and_then(|k| k.lock().take());
             drop(over);
         });
-        Self { _ticket: kept }
+        Self { _lent: kept }
     }
 }
 

@@ -494,7 +494,9 @@ impl Client {
 
     async fn sync(&mut self, host: &Arc<Host>, v: &Volume) -> Outcome<()> {
         let latest = self.world.latest();
-        self.world.done(host, &format!("{} sync", self.name), v.sync()).await?;
+        let (what, patience) = (format!("{} sync", self.name), self.world.setup.patience_with_floods());
+        let done = self.world.call_within(host, &what, patience, v.sync()).await?;
+        done.map_err(|e| self.world.unexpected(host, &what, &e))?;
         self.world.note(format_args!("{} {} sync [{latest}]", host.name(), self.name));
         host.synced(latest);
         Ok(())

@@ -152,6 +152,12 @@ impl Setup {
         }
     }
 
+    /// ... of what writes out all contents of a node: of a thousand files, with a cache that may have nothing of where they lie.
+    pub fn patience_with_floods(&self) -> Duration {
+        let floods = if self.bulk > 0 { 1000 } else { 0 };
+        self.patience() + floods * Duration::from_micros(self.latency_us.1)
+    }
+
     /// Processes that lock a file: none in some runs.
     pub fn lockers(&self) -> usize {
         [0, 2, 3, 5][self.seed as usize % 4]
