@@ -24,13 +24,18 @@ pub struct Plan {
 /// Keeps a group, and all that is free in it, while an operation waits for its domains: for a time only, as nobody may wait for one lock
 /// while keeping another.
 pub struct Kept {
-    _lent: Arc<parking_lot::Mutex<Option<(Ticket, OwnedRwLockReadGuard<()>)>>>,
+    _lent: Arc<parking_lot::Mutex<Option<Lent>>>,
+}
+
+struct Lent {
+    _ticket: Ticket,
+    _keeper: OwnedRwLockReadGuard<()>,
 }
 
 impl Kept {
     /// `keeper` is of the ticket's hold.
     pub fn for_a_time(ticket: Ticket, keeper: OwnedRwLockReadGuard<()>, time: std::time::Duration) -> Self {
-        let kept = Arc::new(parking_lot::Mutex::new(Some((ticket, keeper))));
+        let kept = Arc::new(parking_lot::Mutex::new(Some(Lent { _ticket: ticket, _keeper: keeper })));
         let weak = Arc::downgrade(&kept);
         tokio::spawn(async move {
             tokio::time::sleep(time).await;
