@@ -253,6 +253,8 @@ impl Cluster {
         c.stdin(Stdio::null());
         if let Some(bytes) = self.memory {
             let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+            // Each thread may get an arena, which takes 64 MiB of address space, whatever is in it.
+            c.env("MALLOC_ARENA_MAX", "2");
             // SAFETY: only one system call in the child, on memory that it owns.
             unsafe {
                 c.pre_exec(move || match libc::setrlimit(libc::RLIMIT_AS, &limit) {
