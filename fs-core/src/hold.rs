@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use cluster::{Grant, LockId, Mode};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, RwLock};
+use tokio::sync::Notify;
 
 use crate::error::FsError;
 
@@ -70,8 +70,6 @@ pub struct Hold {
     pub id: LockId,
     state: Mutex<State>,
     changed: Notify,
-    /// Of a group: held for reading by operations for which it is kept ([`crate::txn::Kept`]); it is not taken from them.
-    pub keepers: Arc<RwLock<()>>,
 }
 
 /// The right to use what a lock protects, in the mode it was asked for.
@@ -109,7 +107,6 @@ impl Hold {
                 usage: Usage::default(),
             }),
             changed: Notify::new(),
-            keepers: Arc::default(),
         })
     }
 

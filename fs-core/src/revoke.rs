@@ -12,7 +12,6 @@ use crate::alloc::Group;
 use crate::error::{FsError, Result};
 use crate::format::layout::slot_domain;
 use crate::hold::Hold;
-use crate::space::{KEEP, KEEP_MOST};
 use crate::volume::Volume;
 
 /// How long a revocation waits for an operation that was granted the lock but has not got round to using it.
@@ -187,8 +186,6 @@ impl Volume {
     async fn give_up_group(&self, group: u32, hold: &Arc<Hold>) -> Result<()> {
         self.let_one_in(hold).await;
         hold.serve_uncached().await;
-        // From here on nobody is promised anything of it: not while an operation has it kept for that.
-        let _ = tokio::time::timeout(KEEP * KEEP_MOST, hold.keepers.write()).await;
         if !self.alloc.begin_leaving(group) {
             // Contents in memory were promised blocks that are about to go away. Later promises are not of this group.
             self.flush_everything().await?;

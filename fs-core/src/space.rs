@@ -29,8 +29,8 @@ const OWNERS_ATTEMPTS: u32 = 20;
 /// So often an operation that lost the group it had found looks for one again at once.
 const QUICK_TRIES: u32 = 2;
 /// How long a group is kept for an operation that waits for its domains, per try.
-pub(crate) const KEEP: Duration = Duration::from_millis(200);
-pub(crate) const KEEP_MOST: u32 = 10;
+const KEEP: Duration = Duration::from_millis(200);
+const KEEP_MOST: u32 = 10;
 /// Lock blocks read at once when groups are looked over.
 const SURVEY_BYTES: u64 = 1 << 20;
 
@@ -65,21 +65,17 @@ impl Volume {
         if self.alloc.free(None) > before && self.enough(blocks, plan.purpose) && plan.space_tries <= 4 {
             return Ok(None);
         }
-        // Quick tries were for nothing if a group was lost again: also one that is here, then, is kept.
-        let keeps = plan.space_tries > QUICK_TRIES;
-        for c in self.candidates(keeps).await? {
+        for c in self.candidates().await? {
             if c.free == 0 && !c.taken {
                 continue;
             }
-            let hold = self.group_hold(c.group);
-            // Others that need it and the same domain would take it while this operation waits for the domain, and
-            // this node the domain from them, for ever. Before it is admitted: a revocation that has begun must know.
-            let keeper = if keeps { hold.keepers.clone().try_read_owned().ok() } else { None };
-            let ticket = self.enter(&hold, Mode::Exclusive).await?;
+            let ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
             let free = self.alloc.held().into_iter().find(|(g, _)| *g == c.group).map_or(0, |(_, f)| f);
             if self.alloc.usable(free, plan.purpose) > 0 && self.enough(blocks.min(64), plan.purpose) {
-                let time = KEEP * plan.space_tries.min(KEEP_MOST);
-                return Ok(keeper.map(|keeper| Kept::for_a_time(ticket, keeper, time)));
+                // Others that need it and the same domain would take it while this operation waits for the domain, and
+                // this node the domain from them, for ever.
+                let kept = plan.space_tries > QUICK_TRIES;
+                return Ok(kept.then(|| Kept::for_a_time(ticket, KEEP * plan.space_tries.min(KEEP_MOST))));
             }
         }
         if self.enough(1, plan.purpose) && plan.space_tries < 64 { Ok(None) } else { Err(FsError::NoSpace) }
@@ -101,7 +97,7 @@ impl Volume {
             drop(self.enter(&self.group_hold(group), Mode::Exclusive).await?);
             return Ok(true);
         }
-        for c in self.candidates(false).await? {
+        for c in self.candidates().await? {
             let _ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
             if self.alloc.group_with_domain().is_some() {
                 return Ok(true);
@@ -110,10 +106,9 @@ impl Volume {
         Ok(false)
     }
 
-    /// The groups that this node does not hold, or not for long, or all: free ones first, fullest last; nodes start at different places.
-    async fn candidates(&self, all: bool) -> Result<Vec<Candidate>> {
-        let wanted = |c: &Candidate| all || !self.alloc.keeps(c.group);
-        let mut all: Vec<Candidate> = self.survey().await?.into_iter().filter(wanted).collect();
+    /// The groups that this node does not hold, or not for long: free ones first, fullest last; nodes start at different places.
+    async fn candidates(&self) -> Result<Vec<Candidate>> {
+        let mut all: Vec<Candidate> = self.survey().await?.into_iter().filter(|c| !self.alloc.keeps(c.group)).collect();
         let groups = u64::from(self.layout.groups);
         let start = u64::from(self.node().slot) * groups / u64::from(self.layout.nodes);
         all.sort_by_key(|c| (c.taken, c.free == 0, (u64::from(c.group) + groups - start) % groups));

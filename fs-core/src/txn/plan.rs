@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cluster::Mode;
-use tokio::sync::OwnedRwLockReadGuard;
 
 use crate::alloc::Purpose;
 use crate::hold::Ticket;
@@ -21,28 +20,21 @@ pub struct Plan {
     pub kept: Option<Kept>,
 }
 
-/// Keeps a group, and all that is free in it, while an operation waits for its domains: for a time only, as nobody may wait for one lock
-/// while keeping another.
+/// Keeps a lock while an operation waits for others: for a time only, as nobody may wait for one lock while keeping another.
 pub struct Kept {
-    _lent: Arc<parking_lot::Mutex<Option<Lent>>>,
-}
-
-struct Lent {
-    _ticket: Ticket,
-    _keeper: OwnedRwLockReadGuard<()>,
+    _ticket: Arc<parking_lot::Mutex<Option<Ticket>>>,
 }
 
 impl Kept {
-    /// `keeper` is of the ticket's hold.
-    pub fn for_a_time(ticket: Ticket, keeper: OwnedRwLockReadGuard<()>, time: std::time::Duration) -> Self {
-        let kept = Arc::new(parking_lot::Mutex::new(Some(Lent { _ticket: ticket, _keeper: keeper })));
+    pub fn for_a_time(ticket: Ticket, time: std::time::Duration) -> Self {
+        let kept = Arc::new(parking_lot::Mutex::new(Some(ticket)));
         let weak = Arc::downgrade(&kept);
         tokio::spawn(async move {
             tokio::time::sleep(time).await;
             let over = weak.upgrade().and_then(|k| k.lock().take());
             drop(over);
         });
-        Self { _lent: kept }
+        Self { _ticket: kept }
     }
 }
 
