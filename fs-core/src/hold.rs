@@ -308,6 +308,11 @@ impl Hold {
         .await;
     }
 
+    /// Waits for the end of a revocation that is under way.
+    pub async fn given_up(&self) {
+        self.wait_until(|| (self.state.lock().stage == Stage::Open).then_some(())).await;
+    }
+
     /// The lock block was changed: `mode` is what is left.
     pub fn lowered(&self, mode: Option<Mode>) {
         let mut s = self.state.lock();

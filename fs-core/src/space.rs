@@ -1,6 +1,7 @@
 //! Getting hold of groups with free space, the volume's free space as a whole, and frees into groups that others hold.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockdev::IoClass;
@@ -13,6 +14,7 @@ use crate::error::{FsError, Result};
 use crate::format::group::GroupHeader;
 use crate::format::item::{Key, Kind};
 use crate::format::layout::{BLOCK, Extent, slot_domain};
+use crate::hold::Hold;
 use crate::txn::{Kept, Plan, Txn};
 use crate::types::StatFs;
 use crate::volume::Volume;
@@ -28,6 +30,8 @@ const MAKE_WAY_MOST: Duration = Duration::from_secs(2);
 const OWNERS_ATTEMPTS: u32 = 20;
 /// So often an operation that lost the group it had found looks for one again at once.
 const QUICK_TRIES: u32 = 2;
+/// So often at most: others may always have taken what it needs.
+const TRIES_MOST: u32 = 64;
 /// How long a group is kept for an operation that waits for its domains, per try.
 const KEEP: Duration = Duration::from_millis(200);
 const KEEP_MOST: u32 = 10;
@@ -42,43 +46,72 @@ struct Candidate {
     taken: bool,
 }
 
+/// Where the space is that an operation needs.
+enum Found {
+    /// On this node, kept for it or not.
+    Here(Option<Kept>),
+    /// In a group that has to go to another node first.
+    Leaving(Arc<Hold>),
+}
+
 impl Volume {
     /// Gets a group with free blocks for an operation that ran out of them.
     pub(crate) async fn find_space(&self, blocks: u64, plan: &Plan) -> Result<Option<Kept>> {
         match self.search(blocks, plan).await {
+            Ok(Found::Here(kept)) => Ok(kept),
+            Ok(Found::Leaving(hold)) => {
+                // Not for ever: what the group's way out waits for may be waiting for this operation.
+                let _ = tokio::time::timeout(KEEP * KEEP_MOST, hold.given_up()).await;
+                Ok(None)
+            }
             // By itself nobody comes back for what the gone have deferred. Boxed: its own operations may look for space, too.
             Err(FsError::NoSpace) if plan.purpose != Purpose::Reclaim && Box::pin(self.free_for_the_gone()).await? => {
                 Ok(None)
             }
-            found => found,
+            Err(e) => Err(e),
         }
     }
 
-    async fn search(&self, blocks: u64, plan: &Plan) -> Result<Option<Kept>> {
+    async fn search(&self, blocks: u64, plan: &Plan) -> Result<Found> {
         let _one = self.searching.lock().await;
         if self.enough(blocks, plan.purpose) && plan.space_tries <= 2 {
-            return Ok(None);
+            return Ok(Found::Here(None));
         }
         // Blocks freed a moment ago count once the record of the free is durable.
         let before = self.alloc.free(None);
         self.commit().await?;
         if self.alloc.free(None) > before && self.enough(blocks, plan.purpose) && plan.space_tries <= 4 {
-            return Ok(None);
+            return Ok(Found::Here(None));
         }
-        for c in self.candidates().await? {
-            if c.free == 0 && !c.taken {
+        if plan.space_tries > TRIES_MOST {
+            return Err(FsError::NoSpace);
+        }
+        let lost_before = plan.space_tries > QUICK_TRIES;
+        // What is here may be lost again if it is not kept.
+        let here = if lost_before && self.enough(blocks, plan.purpose) { self.alloc.emptiest() } else { None };
+        let others = self.candidates().await?.into_iter().filter(|c| c.free > 0 || c.taken).map(|c| c.group);
+        let mut leaving = None;
+        for group in here.into_iter().chain(others) {
+            let hold = self.group_hold(group);
+            let ticket = self.enter(&hold, Mode::Exclusive).await?;
+            if lost_before && plan.purpose == Purpose::Grow && !ticket.cacheable() {
+                // It is on its way to another node: to keep it here is of no use, as nobody is promised anything of it any more.
+                leaving = Some(hold);
                 continue;
             }
-            let ticket = self.enter(&self.group_hold(c.group), Mode::Exclusive).await?;
-            let free = self.alloc.held().into_iter().find(|(g, _)| *g == c.group).map_or(0, |(_, f)| f);
+            let free = self.alloc.held().into_iter().find(|(g, _)| *g == group).map_or(0, |(_, f)| f);
             if self.alloc.usable(free, plan.purpose) > 0 && self.enough(blocks.min(64), plan.purpose) {
                 // Others that need it and the same domain would take it while this operation waits for the domain, and
                 // this node the domain from them, for ever.
-                let kept = plan.space_tries > QUICK_TRIES;
-                return Ok(kept.then(|| Kept::for_a_time(ticket, KEEP * plan.space_tries.min(KEEP_MOST))));
+                let time = KEEP * plan.space_tries.min(KEEP_MOST);
+                return Ok(Found::Here(lost_before.then(|| Kept::for_a_time(ticket, time))));
             }
         }
-        if self.enough(1, plan.purpose) && plan.space_tries < 64 { Ok(None) } else { Err(FsError::NoSpace) }
+        match leaving {
+            Some(hold) => Ok(Found::Leaving(hold)),
+            None if self.enough(1, plan.purpose) => Ok(Found::Here(None)),
+            None => Err(FsError::NoSpace),
+        }
     }
 
     fn enough(&self, blocks: u64, purpose: Purpose) -> bool {

@@ -23,6 +23,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (65, "unnamed files of dead nodes stayed: the node that had recovered them left before it had freed them"),
     (76, "unnamed files stayed: the grant of their domain was older than the death of the node that had them open"),
     (7691, "blocks of a dead node's journal were read one after the other, and the others waited for seconds"),
+    (5023, "on a full volume a group was kept for an operation when nobody was promised anything of it any more"),
+    (
+        8337,
+        "on a full volume an operation that needs more than is free was given the group that it had again and again",
+    ),
     (2806, "changes let in one by one made a record together that was too large for the smallest journal"),
     (7449, "two nodes took a group and a domain from each other, each for an operation that needs both"),
 ];

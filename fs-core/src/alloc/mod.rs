@@ -143,6 +143,12 @@ impl Allocator {
         self.inner.lock().groups.iter().map(|(n, g)| (*n, g.free())).collect()
     }
 
+    /// The group with the most free blocks of those that are held and not about to be given up.
+    pub fn emptiest(&self) -> Option<u32> {
+        let i = self.inner.lock();
+        i.groups.iter().filter(|(n, _)| !i.leaving.contains(n)).max_by_key(|(_, g)| g.free()).map(|(n, _)| *n)
+    }
+
     /// How many of a group's free blocks may be taken for a purpose.
     pub fn usable(&self, free: u64, purpose: Purpose) -> u64 {
         free.saturating_sub(purpose.keeps(self.layout.group_blocks.into()))
