@@ -51,7 +51,8 @@ pub enum Mode {
 /// The small value a lock block carries for its holder; changed only by an exclusive holder, when it gives the lock up.
 /// For a domain: `root` = block number of the domain's header block, `next_local` = the next inode number of a
 /// domain that was freed (numbers are never reused, I8), `version` = number of the latest change of its tree when it was last given up
-/// after one: a header below that is an older state of it. For a group: `root` = free blocks when last given up (a hint).
+/// after one: a header below that is an older state of it. For a group, when last given up: `root` = free blocks (a hint), `version` =
+/// that of its header block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct LockValue {
     pub root: u64,

@@ -22,6 +22,7 @@ use crate::interrupt::{Interrupt, manner};
 use crate::kernel_cache::KnownInodes;
 use crate::listing;
 use crate::membership::{Membership, Pass, epoch_of};
+use crate::open::open_flags;
 use crate::report::{self, Reporter};
 
 const XATTR_SPACES: [&[u8]; 4] = [b"user.", b"trusted.", b"security.", b"system.posix_acl_"];
@@ -177,7 +178,7 @@ impl Job {
                 let linked = v.link(to_ino(oldnode), ino, &newname).await;
                 self.entry(self.durable(linked).await, reply);
             }
-            Op::Open { flags, .. } => self.open(ino, flags, reply).await,
+            Op::Open { flags, .. } => self.open(ino, open_flags(flags), reply).await,
             Op::Create { name, flags, mode, umask, .. } => {
                 self.create(who, ino, &name, flags, NewNode { mode, umask, rdev: 0 }, reply).await;
             }
@@ -244,14 +245,7 @@ impl Job {
                 let q = LockRequest { ino, handle: fh, owner, lock, flock };
                 self.setlk(q, true, reply, interrupt).await;
             }
-            Op::Opendir { .. } => match v.open(ino).await {
-                Ok(held) => {
-                    self.known.open_check(ino);
-                    self.opened(ino, reply.open(self.pass.handle(), 0)).await;
-                    drop(held);
-                }
-                Err(e) => fail(&e, reply),
-            },
+            Op::Opendir { .. } => self.open(ino, 0, reply).await,
             Op::Readdir { offset, size, .. } => listing::readdir(&self, ino, offset, size, reply).await,
             Op::Readdirplus { offset, size, .. } => listing::readdirplus(&self, ino, offset, size, reply).await,
             Op::Setxattr { name, value, flags, .. } => match xattr_kind(flags) {

@@ -25,11 +25,12 @@ impl Drop for Opened<'_> {
 }
 
 impl Job {
+    /// `flags` are those of the answer.
     pub(crate) async fn open(&self, ino: u64, flags: u32, reply: Reply) {
         match self.volume.open(ino).await {
             Ok(held) => {
                 self.known.open_check(ino);
-                self.opened(ino, reply.open(self.pass.handle(), open_flags(flags))).await;
+                self.opened(ino, reply.open(self.pass.handle(), flags)).await;
                 drop(held);
             }
             Err(e) => fail(&e, reply),
@@ -37,7 +38,7 @@ impl Job {
     }
 
     /// The kernel did not take the open file: it will not release it either.
-    pub(crate) async fn opened(&self, ino: u64, taken: bool) {
+    async fn opened(&self, ino: u64, taken: bool) {
         if !taken {
             self.volume.release(ino).await;
         }
@@ -120,7 +121,7 @@ impl Job {
 /// keeps its page locked until it is answered, which waits for the exclusive mode, while a revocation of the shared mode
 /// waits for the page. It also lets us say where an append ends up, not the size that the kernel knows. Every close is to be
 /// told: it ends the locks of its process.
-fn open_flags(flags: u32) -> u32 {
+pub(crate) fn open_flags(flags: u32) -> u32 {
     match (flags & libc::O_ACCMODE as u32) as i32 {
         libc::O_RDONLY => FOPEN_KEEP_CACHE,
         _ => FOPEN_KEEP_CACHE | FOPEN_DIRECT_IO,

@@ -377,30 +377,28 @@ impl Scan {
     }
 }
 
+/// Reads a block as it lies in its place now.
+pub(crate) async fn one_in_place(dev: &Arc<dyn BlockDevice>, block: u64) -> Result<Block> {
+    if block >= dev.geometry().size / BLOCK_SIZE as u64 {
+        return Err(JournalError::Replay { block, reason: "it lies beyond the device".into() });
+    }
+    Ok(dev.read(IoClass::Meta, block * BLOCK_SIZE as u64, BLOCK_SIZE).await?)
+}
+
 /// Reads the blocks that lie in their places now, many at once: the node's neighbours wait for it.
-pub(crate) async fn in_place(
-    dev: &Arc<dyn BlockDevice>,
-    numbers: impl Iterator<Item = u64>,
-) -> Result<BTreeMap<u64, Block>> {
-    let on_device = dev.geometry().size / BLOCK_SIZE as u64;
+async fn in_place(dev: &Arc<dyn BlockDevice>, numbers: impl Iterator<Item = u64>) -> Result<BTreeMap<u64, Block>> {
     let (mut found, mut reads) = (BTreeMap::new(), JoinSet::new());
     let ended = |done: std::result::Result<_, tokio::task::JoinError>| {
         done.unwrap_or_else(|e| Err(JournalError::Replay { block: 0, reason: format!("a read ended: {e}") }))
     };
     for block in numbers {
-        if block >= on_device {
-            return Err(JournalError::Replay { block, reason: "it lies beyond the device".into() });
-        }
         if reads.len() >= READS
             && let Some(done) = reads.join_next().await
         {
             found.extend([ended(done)?]);
         }
         let dev = dev.clone();
-        reads.spawn(async move {
-            let read = dev.read(IoClass::Meta, block * BLOCK_SIZE as u64, BLOCK_SIZE).await;
-            Ok::<_, JournalError>((block, read?))
-        });
+        reads.spawn(async move { Ok((block, one_in_place(&dev, block).await?)) });
     }
     while let Some(done) = reads.join_next().await {
         found.extend([ended(done)?]);

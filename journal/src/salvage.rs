@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use crate::BLOCK_SIZE;
 use crate::block::{self, BlockHeader};
-use crate::replay::{ReplayReport, TenureSource, in_place, place, replayed, scan, scan_without_header};
+use crate::replay::{ReplayReport, TenureSource, one_in_place, place, replayed, scan, scan_without_header};
 use crate::types::{Region, Result};
 
 /// What a journal that cannot be replayed as a whole came to.
@@ -63,8 +63,7 @@ pub async fn salvage(
             done.given_up.push(format!("block {number}: something else may be there by now"));
             continue;
         }
-        let image = in_place(dev, [number].into_iter()).await.map(|mut found| found.remove(&number));
-        match image.and_then(|image| image.map_or(Ok(None), |image| replayed(image, region, number, &changes))) {
+        match one_in_place(dev, number).await.and_then(|image| replayed(image, region, number, &changes)) {
             Ok(Some(image)) => images.push((number, Arc::new(image))),
             Ok(None) => {}
             Err(e) => done.given_up.push(e.to_string()),

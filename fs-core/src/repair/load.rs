@@ -212,18 +212,18 @@ async fn groups(r: &Reader, v: &mut Loaded) -> Result<(), RepairError> {
         let mut newest = bitmaps.iter().flatten().map(|b| version(b)).max().unwrap_or(0);
         let mut header_version = header.as_ref().map_or(0, |h| version(h));
         let least = lock.as_ref().map_or(0, |l| l.value.version);
+        let stale = check_age(header_version, least).is_err();
         if let Some(h) = header.as_ref().and_then(|h| GroupHeader::decode(h).ok()) {
             newest = newest.max(h.bitmap_versions);
             let written = (0..).zip(&bitmaps).filter(|(i, _)| h.written_bitmaps & (1u64 << (i % 64)) != 0);
             let written: Option<Vec<u32>> = written.map(|(_, b)| b.as_deref().map(|b| version(b))).collect();
-            let stale = check_age(header_version, least).is_err();
             // One of them, or the header, is of an older state: none can be trusted to know what is in use.
             if stale || written.is_some_and(|v| h.check_versions(v.into_iter()).is_err()) {
                 header = None;
                 bitmaps.fill(None);
             }
         }
-        if check_age(header_version, least).is_err() {
+        if stale {
             header_version = least as u32;
         }
         v.groups.push(Group { header, header_version, bitmaps, version: newest, lock, lock_sector });

@@ -114,6 +114,28 @@ fn all_changes_have_the_version(before: &Store, after: &Store, root: Root) {
     }
 }
 
+/// Does the operation of this number to the tree and to the map, which must agree on what it gives.
+async fn carry_out(op: &Op, i: usize, s: &mut Store, root: &mut Root, map: &mut BTreeMap<Key, Vec<u8>>) {
+    match *op {
+        Op::Insert(k, len) => {
+            let v = vec![i as u8; len];
+            insert(s, root, &key(k), &v).await.unwrap();
+            map.insert(key(k), v);
+        }
+        Op::Remove(k) => {
+            assert_eq!(remove(s, root, &key(k)).await.unwrap(), map.remove(&key(k)));
+        }
+        Op::RemoveRange(a, b, limit) => {
+            let got = remove_range(s, root, &key(a), &key(b), limit).await.unwrap();
+            let want: Vec<_> = map.range(key(a)..=key(b)).take(limit).map(|(k, v)| (*k, v.clone())).collect();
+            assert_eq!(got, want);
+            for (k, _) in &want {
+                map.remove(k);
+            }
+        }
+    }
+}
+
 /// Every invariant of the tree's shape, and that it holds exactly `map`.
 async fn verify(s: &Store, root: Root, map: &BTreeMap<Key, Vec<u8>>) {
     let mut levels: BTreeMap<u16, Vec<u64>> = BTreeMap::new();
@@ -174,25 +196,7 @@ proptest! {
             for (i, op) in ops.iter().enumerate() {
                 let before = s.clone();
                 s.version = s.version.wrapping_add(1);
-                match *op {
-                    Op::Insert(k, len) => {
-                        let v = vec![i as u8; len];
-                        insert(&mut s, &mut root, &key(k), &v).await.unwrap();
-                        map.insert(key(k), v);
-                    }
-                    Op::Remove(k) => {
-                        assert_eq!(remove(&mut s, &mut root, &key(k)).await.unwrap(), map.remove(&key(k)));
-                    }
-                    Op::RemoveRange(a, b, limit) => {
-                        let got = remove_range(&mut s, &mut root, &key(a), &key(b), limit).await.unwrap();
-                        let want: Vec<_> =
-                            map.range(key(a)..=key(b)).take(limit).map(|(k, v)| (*k, v.clone())).collect();
-                        assert_eq!(got, want);
-                        for (k, _) in &want {
-                            map.remove(k);
-                        }
-                    }
-                }
+                carry_out(op, i, &mut s, &mut root, &mut map).await;
                 all_changes_have_the_version(&before, &s, root);
                 if i % 8 == 0 {
                     verify(&s, root, &map).await;
@@ -228,21 +232,7 @@ proptest! {
                     before = s.nodes.clone();
                 }
                 s.version += 1;
-                match *op {
-                    Op::Insert(k, len) => {
-                        let v = vec![i as u8; len];
-                        insert(&mut s, &mut root, &key(k), &v).await.unwrap();
-                        map.insert(key(k), v);
-                    }
-                    Op::Remove(k) => {
-                        remove(&mut s, &mut root, &key(k)).await.unwrap();
-                        map.remove(&key(k));
-                    }
-                    Op::RemoveRange(a, b, _) => {
-                        remove_range(&mut s, &mut root, &key(a), &key(b), usize::MAX).await.unwrap();
-                        map.retain(|k, _| *k < key(a) || *k > key(b));
-                    }
-                }
+                carry_out(op, i, &mut s, &mut root, &mut map).await;
             }
             let changed: Vec<u64> =
                 s.nodes.iter().filter(|(n, b)| before.get(n).is_some_and(|o| o[..] != b[..])).map(|n| *n.0).collect();

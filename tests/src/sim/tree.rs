@@ -316,23 +316,23 @@ impl Tree {
 
     /// What a live node shows must be the latest state.
     pub fn check_now(&self, seen: &Seen) -> Result<(), String> {
-        let mut exact = self.now.clone();
-        for o in exact.objs.values_mut() {
+        Match::new(&self.latest(), &BTreeMap::new(), &self.inos).object(ROOT, seen, "")
+    }
+
+    /// The latest state alone, without what contents were before.
+    fn latest(&self) -> State {
+        let mut latest = self.now.clone();
+        for o in latest.objs.values_mut() {
             if let Obj::File(f) = o {
                 f.settle(Ack::MAX);
             }
         }
-        Match::new(&exact, &BTreeMap::new(), &self.inos).object(ROOT, seen, "")
+        latest
     }
 
     /// As [`Tree::check_now`], while a change may be half done.
     pub fn check_half_done(&self, seen: &Seen, pending: &Change) -> Result<(), String> {
-        let mut both = self.now.clone();
-        for o in both.objs.values_mut() {
-            if let Obj::File(f) = o {
-                f.settle(Ack::MAX);
-            }
-        }
+        let mut both = self.latest();
         both.apply(Ack::MAX, pending);
         let mut late = BTreeMap::new();
         if let Change::Write { id, contents } | Change::Resize { id, contents } = pending {
