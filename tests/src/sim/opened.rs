@@ -166,9 +166,8 @@ impl Opened {
             (f.busy, f.changes) = (false, f.changes + 1);
             match done {
                 Ok(true) => f.settle(),
-                // Gone with its contents.
-                Ok(false) => {}
-                Err(_) => f.unresolved = true,
+                // Its removal may be undone by the death of the node that removed it: then it is there as it was, or changed.
+                Ok(false) | Err(_) => f.unresolved = true,
             }
         }
         self.must(world, host, ino, open, done?)
