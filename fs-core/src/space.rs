@@ -87,6 +87,11 @@ impl Volume {
             return Err(FsError::NoSpace);
         }
         let lost_before = plan.space_tries > QUICK_TRIES;
+        // What makes the volume fuller needs all of its blocks at once: who has not found them on a whole round goes no further rounds.
+        let (wanted, least) = match plan.purpose {
+            Purpose::Grow if lost_before => (blocks, blocks),
+            _ => (blocks.min(64), 1),
+        };
         // What is here may be lost again if it is not kept.
         let here = if lost_before && self.enough(blocks, plan.purpose) { self.alloc.emptiest() } else { None };
         let others = self.candidates().await?.into_iter().filter(|c| c.free > 0 || c.taken).map(|c| c.group);
@@ -100,7 +105,7 @@ impl Volume {
                 continue;
             }
             let free = self.alloc.held().into_iter().find(|(g, _)| *g == group).map_or(0, |(_, f)| f);
-            if self.alloc.usable(free, plan.purpose) > 0 && self.enough(blocks.min(64), plan.purpose) {
+            if self.alloc.usable(free, plan.purpose) > 0 && self.enough(wanted, plan.purpose) {
                 // Others that need it and the same domain would take it while this operation waits for the domain, and
                 // this node the domain from them, for ever.
                 let time = KEEP * plan.space_tries.min(KEEP_MOST);
@@ -109,7 +114,7 @@ impl Volume {
         }
         match leaving {
             Some(hold) => Ok(Found::Leaving(hold)),
-            None if self.enough(1, plan.purpose) => Ok(Found::Here(None)),
+            None if self.enough(least, plan.purpose) => Ok(Found::Here(None)),
             None => Err(FsError::NoSpace),
         }
     }

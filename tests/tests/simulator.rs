@@ -24,6 +24,7 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (76, "unnamed files stayed: the grant of their domain was older than the death of the node that had them open"),
     (7691, "blocks of a dead node's journal were read one after the other, and the others waited for seconds"),
     (5023, "on a full volume a group was kept for an operation when nobody was promised anything of it any more"),
+    (4885, "on a full volume a write that needs three blocks went round all groups for the one that was left in each"),
     (
         8337,
         "on a full volume an operation that needs more than is free was given the group that it had again and again",
