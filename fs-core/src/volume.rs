@@ -12,6 +12,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::alloc::Allocator;
+use crate::contents::Tails;
 use crate::domain::Domain;
 use crate::error::{FsError, Result};
 use crate::format::item::{Time, ino as make_ino, ino_domain, ino_local};
@@ -112,6 +113,7 @@ pub struct Volume {
     pub(crate) dirty_bytes: AtomicUsize,
     /// Inodes synced lately and not named since, by [`Volume::fsync`] and `named`; directories among them.
     pub(crate) synced: Mutex<LruCache<u64, ()>>,
+    pub(crate) tails: Arc<Tails>,
     pub(crate) domains: Mutex<BTreeMap<u32, Arc<Domain>>>,
     pub(crate) groups: Mutex<BTreeMap<u32, Arc<Hold>>>,
     /// Whom processes here wait for with their file locks.
@@ -193,6 +195,7 @@ impl Volume {
             dirty_limit: cfg.dirty_bytes,
             dirty_bytes: AtomicUsize::new(0),
             synced: Mutex::new(LruCache::new(SYNCED)),
+            tails: Arc::default(),
             domains: Mutex::new(BTreeMap::new()),
             groups: Mutex::new(BTreeMap::new()),
             waits_for: WaitsFor::default(),

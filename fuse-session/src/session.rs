@@ -135,10 +135,17 @@ impl Session {
             return Err(RunError::Init(Malformed("another opcode")));
         }
         let offer = InitRequest::decode(&message[abi::IN_HEADER_LEN..]).map_err(RunError::Init)?;
-        let Some(mut negotiated) = Negotiated::new(&offer, &handler.init(&offer), page_size()) else {
+        let want = handler.init(&offer);
+        let Some(mut negotiated) = Negotiated::new(&offer, &want, page_size()) else {
             let _ = self.device.send(header.unique, -libc::EPROTO, &[]);
             return Err(RunError::Version { major: offer.major, minor: offer.minor });
         };
+        if want.max_readahead > offer.max_readahead {
+            match self.mount.set_read_ahead(want.max_readahead) {
+                Ok(()) => negotiated.max_readahead = want.max_readahead,
+                Err(e) => debug!("read-ahead stays at {} bytes: {e}", offer.max_readahead),
+            }
+        }
         let queues = self.queues(&mut negotiated);
         // Before the answer, which lets the first request and so the first notification through.
         let _ = self.negotiated.set(negotiated);

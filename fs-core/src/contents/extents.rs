@@ -89,6 +89,7 @@ impl Txn<'_> {
     pub async fn unmap(&mut self, ino: u64, from: u64, to: u64) -> Result<Vec<Mapped>> {
         let (id, local) = (ino_domain(ino), ino_local(ino));
         let mut out = Vec::new();
+        self.forget_tail(ino, from, to);
         for m in self.extents(ino, from, to).await? {
             self.del(id, &Key::new(local, Kind::Extent, m.at)).await?;
             for keep in [(m.at, from), (to, m.end())] {

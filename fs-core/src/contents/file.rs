@@ -205,8 +205,13 @@ impl Txn<'_> {
         let mut buf = AlignedBuf::zeroed(PAGE_BYTES);
         let end = ((page + 1) * PAGE).min(inode.size);
         if end > page * PAGE {
-            let bytes = self.read_range(ino, inode, page * PAGE, (end - page * PAGE) as usize).await?;
-            buf[..bytes.len()].copy_from_slice(&bytes);
+            let len = (end - page * PAGE) as usize;
+            let written =
+                self.domain(ino_domain(ino), Mode::Shared)?.file(ino_local(ino), |f| f.pages.contains_key(&page));
+            match self.kept_tail(ino, page)?.filter(|_| written != Some(true) && !inode.is_inline()) {
+                Some(kept) => buf[..len].copy_from_slice(&kept[..len]),
+                None => buf[..len].copy_from_slice(&self.read_range(ino, inode, page * PAGE, len).await?),
+            }
         }
         Ok(buf)
     }

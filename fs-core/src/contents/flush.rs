@@ -73,6 +73,7 @@ impl Txn<'_> {
         for run in numbers.chunk_by(|a, b| a + 1 == *b) {
             self.store_run(number, inode, run[0], run[run.len() - 1] + 1, &pages).await?;
         }
+        self.keep_tail(number, inode, &pages)?;
         let domain = self.domain(id, Mode::Exclusive)?.clone();
         self.sent_pages(domain, local, pages.into_iter().collect());
         Ok(())

@@ -10,5 +10,7 @@ mod file;
 mod flush;
 mod layout_ops;
 mod mapped;
+mod tails;
 
 pub use mapped::MappedWrites;
+pub use tails::Tails;

@@ -193,3 +193,43 @@ async fn own_mailboxes_cost_no_locks() {
         v.unmount().await.expect("unmount");
     }
 }
+
+/// An mbox, one message after the other. Another node's appends in between are not missed.
+#[tokio::test(start_paused = true)]
+async fn an_append_reads_nothing() {
+    const PART: usize = 700;
+    let disk = disk(256 << 20).await;
+    let (a, b) = (mount(&disk, "a").await, mount(&disk, "b").await);
+    let mbox = a.mknod(WHO, ROOT_INO, b"mbox", file(), false).await.expect("create").value.ino;
+    let mut contents = Vec::new();
+    let mut append = async |v: &Volume, byte: u8| {
+        let how = WriteOptions { append: true, ..WriteOptions::default() };
+        v.write(mbox, 0, &[byte; PART], how).await.expect("append");
+        v.fsync(mbox, false).await.expect("fsync");
+        contents.extend([byte; PART]);
+        let seen = v.read(mbox, 0, 1 << 20).await.expect("read").value;
+        assert!(seen == contents, "{} bytes, not {}, or others", seen.len(), contents.len());
+    };
+    append(&a, 1).await;
+    for i in 2..100 {
+        // The record is durable, and nothing of the contents is in memory for its sake any more.
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        let how = WriteOptions { append: true, ..WriteOptions::default() };
+        let c = cost(&a, async {
+            a.write(mbox, 0, &[0; PART], how).await.expect("append");
+            a.fsync(mbox, false).await.expect("fsync");
+        })
+        .await;
+        assert!(c.reads == 0 && c.writes <= 2 && c.compare_and_writes == 0, "append {i}: {c:?}");
+        let size = a.getattr(mbox).await.expect("getattr").value.inode.size;
+        let cut = fs_core::SetAttr { size: Some(size - PART as u64), ..fs_core::SetAttr::default() };
+        a.setattr(mbox, cut).await.expect("truncate");
+        if i % 10 == 0 {
+            append(&b, i).await;
+        }
+        // What was cut off is not there again.
+        append(&a, i).await;
+    }
+    a.unmount().await.expect("unmount");
+    b.unmount().await.expect("unmount");
+}

@@ -37,6 +37,9 @@ fn what_was_negotiated_holds() {
     assert_eq!(Some(n), m.session.negotiated());
     assert!(n.minor >= abi::MINOR_MIN && n.minor <= abi::MINOR);
     assert_eq!((n.max_write, n.max_pages), (1 << 20, 256));
+    let minor = m.session.connection().unwrap();
+    let ahead = fs::read_to_string(format!("/sys/class/bdi/0:{minor}/read_ahead_kb")).unwrap();
+    assert_eq!((n.max_readahead, ahead.trim()), (1 << 20, "1024"), "a new mount has 128 KiB");
     assert!(n.flags.contains(InitFlags::POSIX_LOCKS | InitFlags::FLOCK_LOCKS | InitFlags::MAX_PAGES));
     assert!(!n.flags.contains(InitFlags::WRITEBACK_CACHE), "not asked for");
 }
@@ -57,7 +60,7 @@ fn files_keep_what_is_written_in_large_requests() {
     let s = m.fs.state.lock();
     assert_eq!(s.writes.iter().max(), Some(&(1 << 20)), "writes of max_write: {:?}", s.writes);
     assert_eq!(s.writes.iter().sum::<usize>(), data.len());
-    assert!(s.reads.iter().any(|&r| r >= 128 << 10), "read-ahead: {:?}", s.reads);
+    assert!(s.reads.iter().any(|&r| r >= 1 << 20), "read-ahead: {:?}", s.reads);
     assert!(s.seen.contains(&"fsync") && s.seen.contains(&"fdatasync"));
 }
 
