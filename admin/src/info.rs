@@ -32,6 +32,9 @@ struct Info<'a> {
     group_size: u64,
     bitmap_blocks: u16,
     domains: u32,
+    /// Bytes to which it can grow, and how often it has grown.
+    max_size: u64,
+    generation: u64,
     timeouts_ms: Timeouts,
     areas: Vec<Area>,
 }
@@ -53,14 +56,15 @@ struct Area {
 }
 
 fn areas(l: &VolumeLayout) -> Vec<Area> {
+    let [near, last] = l.superblock_copies();
     let starts = [
         ("superblock", 0),
+        ("superblock copy", near),
         ("cluster records", l.cluster_start),
         ("lock blocks", l.locks_start),
         ("journals", l.journals_start),
-        ("group table", l.group_table_start),
         ("groups", l.groups_start),
-        ("superblock copy", l.backup_superblock()),
+        ("superblock copy", last),
     ];
     let ends = starts.iter().skip(1).map(|(_, start)| *start).chain([l.blocks]);
     starts
@@ -90,7 +94,9 @@ fn info<'a>(device: &Path, sb: &'a Superblock, source: Source) -> Info<'a> {
         groups: sb.groups,
         group_size: u64::from(sb.group_blocks) * BLOCK,
         bitmap_blocks: sb.bitmap_blocks,
-        domains: sb.domains,
+        domains: sb.layout().domains(),
+        max_size: sb.layout().max_blocks() * BLOCK,
+        generation: sb.generation,
         timeouts_ms: Timeouts {
             heartbeat: t.heartbeat_ms,
             lease: t.lease_ms,
@@ -129,6 +135,12 @@ fn text(i: &Info<'_>) -> Result<String, std::fmt::Error> {
     writeln!(s, "journals:       {} of {}", i.nodes, Bytes(i.journal_size))?;
     writeln!(s, "groups:         {} of {}, {} bitmap blocks each", i.groups, Bytes(i.group_size), i.bitmap_blocks)?;
     writeln!(s, "domains:        {}", i.domains)?;
+    let grown = match i.generation {
+        0 => String::new(),
+        1 => ", has grown once".into(),
+        n => format!(", has grown {n} times"),
+    };
+    writeln!(s, "can grow to:    {} ({} bytes){grown}", Bytes(i.max_size), i.max_size)?;
     let t = &i.timeouts_ms;
     writeln!(
         s,

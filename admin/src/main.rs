@@ -1,6 +1,7 @@
-//! clusterfs: what administrators ask of a volume. `top` asks a mount; the others read the device only, mounted or not, and
-//! never write to it, but for `probe --write` to one that carries nothing.
+//! clusterfs: what administrators ask of a volume. `top` asks a mount, `grow` changes a volume; the others read the device only, mounted
+//! or not, and never write to it, but for `probe --write` to one that carries nothing.
 
+mod grow;
 mod info;
 mod probe;
 mod status;
@@ -39,6 +40,14 @@ enum Command {
         /// Block device, image file or iscsi://[USER@]HOST[:PORT]/TARGET/LUN
         device: PathBuf,
     },
+    /// Let a volume use all of its device, which was enlarged; nodes may have it mounted
+    Grow {
+        /// Machine-readable output
+        #[arg(long)]
+        json: bool,
+        /// Block device, image file or iscsi://[USER@]HOST[:PORT]/TARGET/LUN
+        device: PathBuf,
+    },
     /// Tell whether a device will do for a volume: exit status 0 if so
     Probe(probe::Args),
     /// Show what a mount is doing: busy directories, handovers, requests, device I/O
@@ -57,6 +66,7 @@ fn main() -> ExitCode {
         let text = match args.command {
             Command::Status { json, device } => status::run(&device, json).await?,
             Command::Info { json, device } => info::run(&device, json).await?,
+            Command::Grow { json, device } => grow::run(&device, json).await?,
             Command::Probe(args) => return probe::run(&args).await,
             Command::Top(args) => top::run(&args).map(|()| String::new())?,
         };

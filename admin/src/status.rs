@@ -21,6 +21,9 @@ struct Status {
     label: String,
     format_version: u32,
     size: u64,
+    /// Bytes of the device, and to how many the volume can grow.
+    device_size: u64,
+    max_size: u64,
     /// Free bytes, as the groups' holders noted when they last gave them up.
     free_noted: u64,
     superblock_damaged: bool,
@@ -78,6 +81,8 @@ pub async fn run(device: &Path, json: bool) -> Result<String, Error> {
         label: sb.label.clone(),
         format_version: VERSION,
         size: sb.blocks * BLOCK,
+        device_size: v.dev.geometry().size,
+        max_size: l.max_blocks() * BLOCK,
         free_noted: free_noted(v.dev.as_ref(), &l).await? * BLOCK,
         superblock_damaged: v.source == Source::Copy,
         slots: slots.iter().map(slot_status).collect(),
@@ -101,7 +106,8 @@ async fn free_noted(dev: &dyn BlockDevice, l: &VolumeLayout) -> Result<u64, Erro
         for (sector, g) in piece.chunks(stride).zip(first..) {
             let Ok(g) = u32::try_from(g) else { break };
             if let Ok(block) = LockBlock::decode(sector, c.volume, LockId::Group(g)) {
-                free += block.value.root;
+                // With what the group has got since, when the volume grew.
+                free += block.value.root + l.group_extent(g).len.saturating_sub(block.value.next_local);
             }
         }
     }
@@ -172,6 +178,10 @@ fn text(status: &Status) -> Result<String, std::fmt::Error> {
     let live = status.slots.iter().filter(|x| x.alive == Some(true)).count();
     let (size, free) = (Bytes(status.size), Bytes(status.free_noted));
     writeln!(s, "{size}, about {free} free; {live} of {} nodes", status.slots.len())?;
+    let possible = status.device_size.min(status.max_size);
+    if possible > status.size {
+        writeln!(s, "the device has {}: `clusterfs grow` lets the volume use it", Bytes(status.device_size))?;
+    }
     let (mut free, mut rows) = (0, Vec::new());
     for x in &status.slots {
         if x.state == "free" {

@@ -7,7 +7,7 @@ use blockdev::iscsi::Settings;
 use blockdev::open::{User, is_iscsi};
 use blockdev::{BlockDevice, IoClass};
 use fs_core::format::layout::BLOCK;
-use fs_core::format::superblock::{Superblock, SuperblockError};
+use fs_core::format::superblock::{Superblock, SuperblockError, newest_copy};
 
 use crate::Error;
 
@@ -15,7 +15,7 @@ use crate::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     First,
-    /// The first one is damaged or gone; this is the copy at the end of the device.
+    /// The first one is damaged or gone; this is the newer of its copies.
     Copy,
 }
 
@@ -25,20 +25,16 @@ pub struct Volume {
     pub source: Source,
 }
 
-async fn superblock_at(dev: &dyn BlockDevice, block: u64) -> Result<Result<Superblock, SuperblockError>, Error> {
-    Ok(Superblock::decode(&dev.read(IoClass::Meta, block * BLOCK, BLOCK as usize).await?))
-}
-
 /// Opens a device read-only, with the sector size that its volume was made with.
 pub async fn open(path: &Path) -> Result<Volume, Error> {
     let dev = blockdev::open::open(path, User::Reader, None, &Settings::default()).await?;
-    let first = superblock_at(dev.as_ref(), 0).await?;
+    let first = Superblock::decode(&dev.read(IoClass::Meta, 0, BLOCK as usize).await?);
     let (superblock, source) = match first {
         Ok(sb) => (sb, Source::First),
         Err(e @ (SuperblockError::Newer { .. } | SuperblockError::Older { .. })) => return Err(located(path, &e)),
-        Err(e) => match superblock_at(dev.as_ref(), dev.geometry().size / BLOCK - 1).await? {
-            Ok(sb) => (sb, Source::Copy),
-            Err(_) => return Err(located(path, &e)),
+        Err(e) => match newest_copy(dev.as_ref()).await {
+            Some((_, sb)) => (sb, Source::Copy),
+            None => return Err(located(path, &e)),
         },
     };
     let dev = if superblock.sector_size == dev.geometry().sector_size || is_iscsi(path) {

@@ -155,6 +155,11 @@ pub trait WritePermit: Send + Sync + 'static {
 pub trait BlockDevice: Send + Sync + 'static {
     fn geometry(&self) -> Geometry;
 
+    /// Asks again how large the device is: it may have been enlarged. So does every operation by itself that lies beyond the end.
+    async fn look_at_size(&self) -> Result<Geometry> {
+        Ok(self.geometry())
+    }
+
     /// Reads consecutive buffers of `lens` bytes each from `offset` in one device operation.
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>>;
 

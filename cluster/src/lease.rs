@@ -131,6 +131,10 @@ impl BlockDevice for Guarded {
         self.inner.geometry()
     }
 
+    async fn look_at_size(&self) -> Result<Geometry> {
+        self.inner.look_at_size().await
+    }
+
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {
         let began = Instant::now();
         let read = self.inner.readv(class, offset, lens).await?;

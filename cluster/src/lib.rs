@@ -41,7 +41,7 @@ use blockdev::{BlockDevice, DevError};
 pub use format::{
     Entry, FormatError, LastEnd, LockBlock, SlotBlock, SlotState, initial_lock_block, initial_slot_block,
 };
-pub use layout::{Layout, plain_records};
+pub use layout::{DomainLocks, Layout, plain_records};
 pub use node::Node;
 pub use plain::damaged_cells;
 pub use rebuild::{rebuild_slot, traces};

@@ -14,6 +14,7 @@ mod contents;
 mod domain;
 pub mod error;
 pub mod format;
+pub mod grow;
 mod hold;
 mod locks;
 mod ops;

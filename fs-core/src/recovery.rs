@@ -37,6 +37,8 @@ impl Recoverer for JournalRecoverer {
 
     async fn replay(&self, dead: NodeId) -> Result<(), String> {
         let region = self.layout.journal(dead.slot);
+        // The volume may have grown, and the dead node may have used what this host has not seen yet.
+        self.device().look_at_size().await.map_err(|e| e.to_string())?;
         let report = journal::replay(&self.device(), region, dead, self).await.map_err(|e| e.to_string())?;
         tracing::info!(%dead, ?report, "journal replayed");
         Ok(())

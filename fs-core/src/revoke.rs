@@ -129,7 +129,7 @@ impl Volume {
             }
             LockId::Group(g) => {
                 self.store.forget(hold.id);
-                let group = Group::load(&self.store, &self.layout, g, hold.clone(), &grant).await?;
+                let group = Group::load(&self.store, &self.layout(), g, hold.clone(), &grant).await?;
                 self.alloc.add(g, group);
                 Ok(())
             }

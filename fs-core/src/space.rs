@@ -147,20 +147,23 @@ impl Volume {
     /// The groups that this node does not hold, or not for long: free ones first, fullest last; nodes start at different places.
     async fn candidates(&self) -> Result<Vec<Candidate>> {
         let mut all: Vec<Candidate> = self.survey().await?.into_iter().filter(|c| !self.alloc.keeps(c.group)).collect();
-        let groups = u64::from(self.layout.groups);
-        let start = u64::from(self.node().slot) * groups / u64::from(self.layout.nodes);
+        let layout = self.layout();
+        let groups = u64::from(layout.groups);
+        let start = u64::from(self.node().slot) * groups / u64::from(layout.nodes);
         all.sort_by_key(|c| (c.taken, c.free == 0, (u64::from(c.group) + groups - start) % groups));
         Ok(all)
     }
 
-    /// Reads the lock blocks of all groups.
+    /// Reads the lock blocks of all groups, also of those that the volume got since somebody last looked.
     async fn survey(&self) -> Result<Vec<Candidate>> {
-        let layout = self.layout.cluster();
+        self.look_at_size().await?;
+        let volume = self.layout();
+        let layout = volume.cluster();
         let mut out = Vec::new();
         let per_read = (SURVEY_BYTES / layout.stride) as u32;
         let mut first = 0;
-        while first < layout.groups {
-            let n = per_read.min(layout.groups - first);
+        while first < volume.groups {
+            let n = per_read.min(volume.groups - first);
             let Some(at) = layout.lock_block(LockId::Group(first)) else { break };
             let len = u64::from(n) * layout.stride;
             let sectors = self.device.read(IoClass::Lock, at, len as usize).await?;
@@ -168,7 +171,10 @@ impl Volume {
                 let group = first + i as u32;
                 let id = LockId::Group(group);
                 let block = LockBlock::decode(sector, layout.volume, id).map_err(|e| FsError::damaged(id, e))?;
-                out.push(Candidate { group, free: block.value.root, taken: block.exclusive_holder().is_some() });
+                // What the volume grew by since the group was last given up is free.
+                let more = volume.group_extent(group).len.saturating_sub(block.value.next_local);
+                let free = block.value.root + more;
+                out.push(Candidate { group, free, taken: block.exclusive_holder().is_some() });
             }
             first += n;
         }
@@ -184,8 +190,8 @@ impl Volume {
             free += if c.taken { self.placed_free(c.group).await?.unwrap_or(c.free) } else { c.free };
         }
         let free = free.saturating_sub(self.alloc.reserved());
-        let groups = self.layout.groups;
-        let blocks = (0..groups).map(|g| self.layout.group_extent(g).len).sum();
+        let layout = self.layout();
+        let blocks = (0..layout.groups).map(|g| layout.group_extent(g).len).sum();
         // Inodes cost bytes, not places: as many more as fit into the free blocks, eight to a block.
         Ok(StatFs { blocks, free, files: blocks * 8, files_free: free * 8, block_size: 4096, name_max: 255 })
     }
@@ -199,10 +205,14 @@ impl Volume {
     /// Free blocks of a group that another node holds, or held when it ended, as the header in its place says: newer than
     /// the lock block's count, which is from when the group was last given up. Nothing but a figure for users: the lock is not held.
     async fn placed_free(&self, group: u32) -> Result<Option<u64>> {
-        let number = self.layout.group_header(group);
+        let layout = self.layout();
+        let number = layout.group_header(group);
         let read = self.device.read(IoClass::Meta, number * BLOCK, BLOCK as usize).await?;
-        let sound = block::verify(&read, self.layout.volume, number, LockId::Group(group)).is_ok();
-        Ok(sound.then(|| GroupHeader::decode(&read).ok()).flatten().map(|h| h.free_blocks))
+        let sound = block::verify(&read, layout.volume, number, LockId::Group(group)).is_ok();
+        Ok(sound.then(|| GroupHeader::decode(&read).ok()).flatten().map(|h| {
+            // Of a group that has not changed since the volume grew the header does not count all.
+            h.grown_to(layout.group_extent(group).len).free_blocks
+        }))
     }
 
     // ---- frees into groups that others hold --------------------------------------------------------------------
@@ -219,7 +229,7 @@ impl Volume {
                 }
             };
             let Some(first) = waiting.first() else { return Ok(()) };
-            let Some(group) = self.layout.group_of(first.start) else {
+            let Some(group) = self.layout().group_of(first.start) else {
                 return Err(FsError::damaged(LockId::Domain(domain), "a deferred free outside the groups"));
             };
             drop(self.enter(&self.group_hold(group), Mode::Exclusive).await?);
@@ -310,9 +320,9 @@ async fn carry_out(tx: &mut Txn<'_>, domain: u32, group: u32) -> Result<()> {
     if !tx.hold_group(group) {
         return Err(FsError::NeedGroup(group));
     }
-    let extent = tx.vol.layout.group_extent(group);
-    for e in deferred(tx, domain, extent.start, FREES_AT_ONCE).await? {
-        if e.start >= extent.end() {
+    let layout = tx.vol.layout();
+    for e in deferred(tx, domain, layout.group_extent(group).start, FREES_AT_ONCE).await? {
+        if layout.group_of(e.start) != Some(group) {
             break;
         }
         tx.del(domain, &Key::new(0, Kind::DeferredFree, e.start)).await?;

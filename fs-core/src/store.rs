@@ -86,7 +86,7 @@ impl Store {
         if let Some(b) = self.cached(owner, number) {
             return Ok(b);
         }
-        let at = self.offset(owner, number, 1)?;
+        let at = self.offset(owner, number, 1).await?;
         let buf = self.device.read(IoClass::Meta, at, BLOCK_SIZE).await?;
         let block = Arc::new(buf);
         self.verify(owner, number, kind, &block)?;
@@ -107,7 +107,7 @@ impl Store {
             }
             let (first, last) = (run[0], run[run.len() - 1]);
             let len = last - first + 1;
-            let at = self.offset(owner, first, len)?;
+            let at = self.offset(owner, first, len).await?;
             let (device, run) = (self.device.clone(), run.to_vec());
             reads.spawn(async move {
                 let buf = device.read(IoClass::Meta, at, (len * BLOCK) as usize).await?;
@@ -140,12 +140,14 @@ impl Store {
         Ok(())
     }
 
-    fn offset(&self, owner: LockId, number: u64, len: u64) -> Result<u64> {
-        let size = self.device.geometry().size / BLOCK;
-        match number.checked_add(len) {
-            Some(end) if number > 0 && end <= size => Ok(number * BLOCK),
-            _ => Err(FsError::damaged(owner, format!("refers to block {number}, beyond the device"))),
+    async fn offset(&self, owner: LockId, number: u64, len: u64) -> Result<u64> {
+        let end = number.checked_add(len).filter(|_| number > 0);
+        let within = |size: u64| end.is_some_and(|end| end <= size / BLOCK);
+        // What lies beyond the end may be there since the volume grew.
+        if within(self.device.geometry().size) || within(self.device.look_at_size().await?.size) {
+            return Ok(number * BLOCK);
         }
+        Err(FsError::damaged(owner, format!("refers to block {number}, beyond the device")))
     }
 
     fn verify(&self, owner: LockId, number: u64, kind: BlockKind, b: &Block) -> Result<()> {

@@ -290,7 +290,7 @@ impl<'v> Txn<'v> {
     /// Up to `want` consecutive blocks, near `goal`.
     pub fn take_blocks(&mut self, want: u64, goal: Option<u64>, purpose: Purpose) -> Result<Extent> {
         let (extent, ticket) = self.vol.alloc.take(want, goal, purpose).ok_or(FsError::NeedSpace(want))?;
-        if let Some(group) = self.vol.layout.group_of(extent.start) {
+        if let Some(group) = self.vol.layout().group_of(extent.start) {
             self.groups.entry(group).or_insert(ticket);
         }
         self.space.allocated.push(extent);
@@ -299,15 +299,15 @@ impl<'v> Txn<'v> {
 
     pub fn take_domain_number(&mut self) -> Option<u32> {
         let (d, ticket) = self.vol.alloc.take_domain()?;
-        self.groups.entry(self.vol.layout.group_of_domain(d)).or_insert(ticket);
+        self.groups.entry(self.vol.layout().group_of_domain(d)).or_insert(ticket);
         self.space.domains_allocated.push(d);
         Some(d)
     }
 
     /// Frees blocks: at once where this node holds the group, else by an item in the slot's own domain.
     pub async fn free_blocks(&mut self, e: Extent) -> Result<()> {
-        let owner = self.vol.layout.group_of(e.start);
-        let Some(group) = owner.filter(|g| e.len > 0 && self.vol.layout.group_of(e.end() - 1) == Some(*g)) else {
+        let owner = self.vol.layout().group_of(e.start);
+        let Some(group) = owner.filter(|g| e.len > 0 && self.vol.layout().group_of(e.end() - 1) == Some(*g)) else {
             return Err(FsError::damaged(
                 LockId::Group(0),
                 format!("blocks {}..{} are not in one group", e.start, e.end()),
@@ -350,7 +350,7 @@ impl<'v> Txn<'v> {
     /// A block that was just allocated, zeroed, with its header.
     pub fn fresh_block(&mut self, owner: LockId, tenure: Tenure, number: u64, kind: BlockKind) -> &mut Block {
         let mut new = Block::zeroed(BLOCK_SIZE);
-        BlockHeader { kind, owner, volume: self.vol.layout.volume, block: number, version: 0, tenure: 0, record: 0 }
+        BlockHeader { kind, owner, volume: self.vol.layout().volume, block: number, version: 0, tenure: 0, record: 0 }
             .encode(&mut new);
         let block = TxBlock { owner, tenure, old: None, new: Arc::new(new) };
         Arc::make_mut(&mut self.blocks.entry(number).insert_entry(block).into_mut().new)

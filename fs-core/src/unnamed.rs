@@ -181,7 +181,7 @@ async fn notes(tx: &mut Txn<'_>, slot_domain: u32, after: u64) -> Result<Vec<u32
     items
         .iter()
         .map(|(key, _)| {
-            let number = u32::try_from(key.offset).ok().filter(|d| *d > 0 && *d < tx.vol.layout.domains);
+            let number = u32::try_from(key.offset).ok().filter(|d| *d > 0 && *d < tx.vol.layout().max_domains());
             number.ok_or_else(|| FsError::damaged(LockId::Domain(slot_domain), "a note of a domain that cannot be"))
         })
         .collect()

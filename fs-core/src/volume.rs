@@ -16,8 +16,9 @@ use crate::contents::Tails;
 use crate::domain::Domain;
 use crate::error::{FsError, Result};
 use crate::format::item::{Time, ino as make_ino, ino_domain, ino_local};
-use crate::format::layout::{BLOCK, VolumeLayout, slot_domain};
+use crate::format::layout::{BLOCK, slot_domain};
 use crate::format::superblock::{RO_COMPAT_KNOWN, Superblock, SuperblockError};
+use crate::grow::Size;
 use crate::hold::{Entry, Hold, Ticket};
 use crate::locks::WaitsFor;
 use crate::recovery::JournalRecoverer;
@@ -97,7 +98,8 @@ pub enum MountError {
 }
 
 pub struct Volume {
-    pub(crate) layout: VolumeLayout,
+    pub(crate) size: Mutex<Size>,
+    /// As it was at the mount.
     pub(crate) superblock: Superblock,
     pub(crate) node: Arc<Node>,
     pub(crate) device: Arc<dyn BlockDevice>,
@@ -138,7 +140,8 @@ pub struct Volume {
 
 /// Reads and checks the superblock of a device.
 pub async fn read_superblock(device: &dyn BlockDevice) -> std::result::Result<Superblock, MountError> {
-    let geometry = device.geometry();
+    // A mount that becomes a node again has had its device open for long.
+    let geometry = device.look_at_size().await.map_err(FsError::from)?;
     if geometry.size < BLOCK {
         return Err(SuperblockError::Absent.into());
     }
@@ -181,7 +184,7 @@ impl Volume {
             Journal::open(device.clone(), layout.journal(node.id().slot), node.id()).await.map_err(FsError::from)?;
         let store = Store::new(device.clone(), journal.clone(), layout.volume, cfg.cache_bytes);
         let volume = Arc::new_cyclic(|me| Self {
-            layout,
+            size: Mutex::new(Size::of(&superblock)),
             superblock,
             node: node.clone(),
             device,
@@ -295,6 +298,7 @@ impl Volume {
         self.node.id()
     }
 
+    /// As it was at the mount: the volume may have grown since.
     pub fn superblock(&self) -> &Superblock {
         &self.superblock
     }

@@ -14,7 +14,7 @@ use blockdev::{BlockDevice, IoClass};
 use clap::Parser;
 use clap::error::ErrorKind;
 use fs_core::check::{CheckError, Options, Progress, check_with};
-use fs_core::format::layout::BLOCK;
+use fs_core::format::layout::{BLOCK, NEAR_COPY};
 use fs_core::format::superblock::Superblock;
 use fs_core::repair::{self, Outcome, RepairError};
 use serde_json::json;
@@ -86,7 +86,7 @@ pub async fn open(path: &Path, mode: OpenMode) -> Result<Arc<dyn BlockDevice>, F
     let settings = Settings::default();
     let dev = blockdev::open::open(path, user, None, &settings).await?;
     let last = (dev.geometry().size / BLOCK).saturating_sub(1);
-    for block in [0, last] {
+    for block in [0, NEAR_COPY, last] {
         let Ok(read) = dev.read(IoClass::Meta, block * BLOCK, BLOCK as usize).await else { continue };
         let Ok(sb) = Superblock::decode(&read) else { continue };
         if sb.sector_size != dev.geometry().sector_size && !is_iscsi(path) {

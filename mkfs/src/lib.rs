@@ -43,6 +43,8 @@ pub struct FormatOptions {
     pub nodes: Option<u16>,
     /// Bytes per journal; `None`: by the size of the volume.
     pub journal_size: Option<u64>,
+    /// Bytes to which the volume can grow; `None`: a multiple of its size.
+    pub max_size: Option<u64>,
     /// `None`: random.
     pub uuid: Option<[u8; 16]>,
     /// Destroy what is on the device.
@@ -61,6 +63,7 @@ impl FormatOptions {
             label: String::new(),
             nodes: None,
             journal_size: None,
+            max_size: None,
             uuid: None,
             force: false,
             timeouts: Timeouts::default(),
@@ -224,7 +227,8 @@ impl fmt::Display for Made {
         if sb.plain_locks() {
             writeln!(f, "locks:    plain")?;
         }
-        write!(f, "domains:  {}", sb.domains)
+        writeln!(f, "domains:  {}", sb.layout().domains())?;
+        write!(f, "can grow: to {}", Bytes(sb.layout().max_blocks() * 4096))
     }
 }
 

@@ -28,6 +28,9 @@ struct Args {
     /// Size of each node's journal, such as 64M [default: by the size of the volume, 1M to 64M]
     #[arg(long, value_name = "SIZE", value_parser = mkfs::parse_size)]
     journal_size: Option<u64>,
+    /// Size to which the volume can grow later, such as 100T [default: 16 times its size up to 16T, at least 4 times]
+    #[arg(long, value_name = "SIZE", value_parser = mkfs::parse_size)]
+    max_size: Option<u64>,
     /// How long a node that cannot reach the device goes on before it stops by itself, such as 6s
     #[arg(long, value_name = "TIME", value_parser = mkfs::parse_duration)]
     lease: Option<Duration>,
@@ -91,6 +94,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         label: args.label.clone(),
         nodes: args.nodes,
         journal_size: args.journal_size,
+        max_size: args.max_size,
         uuid: args.uuid,
         force: args.force,
         timeouts,

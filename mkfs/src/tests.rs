@@ -8,7 +8,7 @@ use cluster::{LockBlock, LockId, SlotBlock, SlotState};
 use fs_core::format::domain::DomainHeader;
 use fs_core::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, bit};
 use fs_core::format::item::{DIR_LOCAL, Inode, Key, Kind};
-use fs_core::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, ROOT_DOMAIN, VolumeLayout};
+use fs_core::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, NO_DOMAIN, ROOT_DOMAIN, VolumeLayout};
 use fs_core::format::superblock::SuperblockError;
 use journal::block::{BlockKind, verify};
 
@@ -42,7 +42,7 @@ async fn assert_whole(dev: &Arc<dyn BlockDevice>, made: &Made) {
     assert_eq!((report.dirs, report.files), (1, 0));
     let sb = &made.superblock;
     let l = sb.layout();
-    for place in [0, l.backup_superblock()] {
+    for place in std::iter::once(0).chain(l.superblock_copies()) {
         let b = dev.read(IoClass::Meta, place * BLOCK, 4096).await.unwrap();
         assert_eq!(&Superblock::decode(&b).unwrap(), sb);
     }
@@ -78,7 +78,9 @@ async fn assert_whole(dev: &Arc<dyn BlockDevice>, made: &Made) {
             }
         }
         assert_eq!(h.free_blocks, counted, "group {g}");
-        assert_eq!(lock(LockId::Group(g)).await.value.root, counted);
+        assert_eq!(u64::from(h.blocks), extent.len);
+        let value = lock(LockId::Group(g)).await.value;
+        assert_eq!((value.root, value.next_local), (counted, extent.len));
         let numbers = l.group_domains(g);
         for i in 0..4000 * 8 {
             let d = numbers.start + i;
@@ -91,7 +93,8 @@ async fn assert_whole(dev: &Arc<dyn BlockDevice>, made: &Made) {
         free += h.free_blocks;
     }
     assert_eq!(free, made.free_blocks);
-    assert_eq!(free_domains, l.domains - FIRST_SLOT_DOMAIN - u32::from(l.nodes));
+    assert_eq!(free_domains, l.domains() - FIRST_SLOT_DOMAIN - u32::from(l.nodes));
+    assert_eq!(lock(LockId::Domain(NO_DOMAIN)).await.value.root, 0);
     let mut seen = Vec::new();
     for d in ROOT_DOMAIN..FIRST_SLOT_DOMAIN + u32::from(l.nodes) {
         let number = lock(LockId::Domain(d)).await.value.root;

@@ -2,9 +2,9 @@
 //!
 //! | step | what is on the device after a crash in it |
 //! |------|-------------------------------------------|
-//! | old superblock, then its copy and every signature found are zeroed, each flushed | no volume, or the old one whole |
-//! | cluster records, lock blocks, journal headers, group table, root and slot domains; flush | no volume |
-//! | copy of the superblock in the last block, flush | no volume (a copy alone is for fsck to find) |
+//! | old superblock, then its copies and every signature found are zeroed, each flushed | no volume, or the old one whole |
+//! | cluster records, lock blocks, journal headers, groups' headers, root and slot domains; flush | no volume |
+//! | copies of the superblock in the last block and in block 7, flush | no volume (a copy alone is for fsck to find) |
 //! | superblock, flush | no volume, or the new one whole |
 //!
 //! Lock blocks of ordinary domains and bitmap blocks of empty groups are left as they are: the first is set up when
@@ -18,7 +18,7 @@ use blockdev::{AlignedBuf, BlockDevice, IoClass};
 use cluster::{LockId, LockValue};
 use fs_core::FsError;
 use fs_core::format::domain::DomainHeader;
-use fs_core::format::group::{DOMAIN_BITMAP, GroupHeader, set_bit};
+use fs_core::format::group::{DOMAIN_BITMAP, GroupHeader, fresh_header, set_bit};
 use fs_core::format::item::{DIR_LOCAL, Inode, Key, Kind, ino, mode_bits};
 use fs_core::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, ROOT_DOMAIN, VolumeLayout};
 use fs_core::format::superblock::Superblock;
@@ -163,7 +163,7 @@ pub async fn volume(
         out.write(region.offset, AlignedBuf::copy_of(&journal::initial_header(region))).await?;
         out.step();
     }
-    let free_blocks = group_table(&mut out, &l, &domains).await?;
+    let free_blocks = groups(&mut out, &l, &domains).await?;
     out.begin("writing the root directory", 1);
     for (number, block) in &domains.blocks {
         out.write(number * BLOCK, block.clone()).await?;
@@ -172,7 +172,8 @@ pub async fn volume(
     out.begin("writing the superblock", 1);
     let mut block = AlignedBuf::zeroed(BLOCK_SIZE);
     sb.encode(&mut block);
-    for place in [l.backup_superblock(), 0] {
+    let [near, last] = l.superblock_copies();
+    for place in [last, near, 0] {
         out.write(place * BLOCK, block.clone()).await?;
         out.flush().await?;
     }
@@ -190,7 +191,8 @@ pub async fn volume(
 async fn destroy(out: &mut Output<'_>, l: &VolumeLayout, wipe: &[u64]) -> Result<(), MkfsError> {
     let g = out.dev.geometry();
     let sector = u64::from(g.sector_size);
-    for place in [0, l.backup_superblock()] {
+    let [near, last] = l.superblock_copies();
+    for place in [0, near, last] {
         out.write(place * BLOCK, AlignedBuf::zeroed(BLOCK_SIZE)).await?;
         out.flush().await?;
     }
@@ -203,9 +205,16 @@ async fn destroy(out: &mut Output<'_>, l: &VolumeLayout, wipe: &[u64]) -> Result
 /// A UUID that was chosen may have been used here before: then lock blocks and journal records of that volume would
 /// carry the right volume and be believed (I6, I8). A random UUID makes them foreign.
 async fn stale_records(out: &mut Output<'_>, l: &VolumeLayout) -> Result<(), MkfsError> {
-    let areas = l.locks_start * BLOCK..l.group_table_start * BLOCK;
-    out.begin("clearing lock blocks and journals", (areas.end - areas.start).div_ceil(PIECE as u64));
-    out.zero(areas).await?;
+    let c = l.cluster();
+    let first = l.locks_start * BLOCK..l.groups_start * BLOCK;
+    let locks = u64::from(c.domain_locks.per_group) * c.stride;
+    let of_groups = (0..u64::from(l.groups)).map(|g| c.domain_locks.first + g * c.domain_locks.distance);
+    let areas = std::iter::once(first).chain(of_groups.map(|at| at..at + locks));
+    let pieces = areas.clone().map(|a| (a.end - a.start).div_ceil(PIECE as u64)).sum();
+    out.begin("clearing lock blocks and journals", pieces);
+    for area in areas {
+        out.zero(area).await?;
+    }
     out.flush().await
 }
 
@@ -221,47 +230,41 @@ async fn cluster_records(out: &mut Output<'_>, l: &VolumeLayout) -> Result<(), M
     .await
 }
 
-/// Lock blocks of the groups and of the domains that exist: they lie together at the start of the area.
+/// Lock blocks of the groups, of domain 0, which is nobody's, and of the domains that exist.
 async fn lock_blocks(out: &mut Output<'_>, l: &VolumeLayout, domains: &Domains) -> Result<(), MkfsError> {
     let c = l.cluster();
-    let groups = u64::from(l.groups);
-    let count = groups + u64::from(FIRST_SLOT_DOMAIN) + u64::from(l.nodes);
-    out.records(c.locks, c.stride, count, |i| {
-        let (id, root) = match (u32::try_from(i), u32::try_from(i.wrapping_sub(groups))) {
-            (Ok(g), _) if i < groups => (LockId::Group(g), domains.free_blocks(l, g)),
-            (_, Ok(d)) => match domains.headers.get(&d) {
-                Some(block) => (LockId::Domain(d), *block),
-                // Domain 0 does not exist.
-                None => return Vec::new(),
-            },
-            _ => return Vec::new(),
-        };
-        cluster::initial_lock_block(&c, id, LockValue { root, next_local: 0, version: 0 })
+    out.records(c.locks, c.stride, l.groups.into(), |g| match u32::try_from(g) {
+        Ok(g) => cluster::initial_lock_block(&c, LockId::Group(g), group_value(l, domains, g)),
+        Err(_) => Vec::new(),
+    })
+    .await?;
+    let count = u64::from(FIRST_SLOT_DOMAIN) + u64::from(l.nodes);
+    out.records(c.domain_locks.first, c.stride, count, |d| match u32::try_from(d) {
+        Ok(d) => {
+            let root = domains.headers.get(&d).copied().unwrap_or(0);
+            cluster::initial_lock_block(&c, LockId::Domain(d), LockValue { root, next_local: 0, version: 0 })
+        }
+        Err(_) => Vec::new(),
     })
     .await
 }
 
+fn group_value(l: &VolumeLayout, domains: &Domains, group: u32) -> LockValue {
+    LockValue { root: domains.free_blocks(l, group), next_local: l.group_extent(group).len, version: 0 }
+}
+
 /// Headers of all groups, and the first bitmap of group 0. Returns the free blocks of the volume.
-async fn group_table(out: &mut Output<'_>, l: &VolumeLayout, domains: &Domains) -> Result<u64, MkfsError> {
-    out.begin("writing the group table", l.groups.into());
-    let fixed = FIRST_SLOT_DOMAIN + u32::from(l.nodes);
+async fn groups(out: &mut Output<'_>, l: &VolumeLayout, domains: &Domains) -> Result<u64, MkfsError> {
+    out.begin("writing the groups", l.groups.into());
     let mut free = 0;
+    let mut first = fresh_header(l, 0);
+    mark_first(&mut first, l, domains);
+    out.write(l.group_header(0) * BLOCK, first).await?;
     for g in 0..l.groups {
-        let mut block = new_block(l.volume, BlockKind::GroupHeader, LockId::Group(g), l.group_header(g));
-        let numbers = l.group_domains(g);
-        let map = &mut block[DOMAIN_BITMAP];
-        map.fill(0xff);
-        let mut free_domains = 0;
-        for d in numbers.start.max(fixed)..numbers.end {
-            set_bit(map, (d - numbers.start) as usize, false);
-            free_domains += 1;
+        if g > 0 {
+            out.write(l.group_header(g) * BLOCK, fresh_header(l, g)).await?;
         }
-        let free_blocks = domains.free_blocks(l, g);
-        GroupHeader { free_blocks, free_domains, written_bitmaps: u64::from(g == 0), bitmap_versions: 0 }
-            .encode(&mut block);
-        seal(&mut block, 0, 0);
-        out.write(l.group_header(g) * BLOCK, block).await?;
-        free += free_blocks;
+        free += domains.free_blocks(l, g);
         out.step();
     }
     let place = l.group_bitmap(0, 0);
@@ -273,6 +276,23 @@ async fn group_table(out: &mut Output<'_>, l: &VolumeLayout, domains: &Domains) 
     seal(&mut block, 0, 0);
     out.write(place * BLOCK, block).await?;
     Ok(free)
+}
+
+/// What group 0 has in use in a new volume: the fixed domain numbers, and the blocks of their domains.
+fn mark_first(header: &mut Block, l: &VolumeLayout, domains: &Domains) {
+    let fixed = FIRST_SLOT_DOMAIN + u32::from(l.nodes);
+    for d in 0..fixed {
+        set_bit(&mut header[DOMAIN_BITMAP], d as usize, true);
+    }
+    GroupHeader {
+        free_blocks: domains.free_blocks(l, 0),
+        free_domains: l.domains_per_group - fixed,
+        written_bitmaps: 1,
+        bitmap_versions: 0,
+        blocks: l.group_extent(0).len as u32,
+    }
+    .encode(header);
+    seal(header, 0, 0);
 }
 
 fn new_block(volume: u64, kind: BlockKind, owner: LockId, block: u64) -> Block {

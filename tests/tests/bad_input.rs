@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use clusterfs_tests::cluster::Cluster;
 use clusterfs_tests::sys;
+use fs_core::format::superblock::Superblock;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -110,6 +111,8 @@ fn images_that_are_no_volumes() {
     let mut random = vec![0u8; 16 * MIB as usize];
     random.iter_mut().for_each(|b| *b = rng.random());
     let volume = small_volume(&c, 16 * MIB);
+    let l = Superblock::decode(&volume[..4096]).unwrap().layout();
+    let at = |block: u64| block as usize * BLOCK;
     let without = |from: usize, len: usize| {
         let mut v = volume.clone();
         v[from..from + len].fill(0);
@@ -127,14 +130,20 @@ fn images_that_are_no_volumes() {
         ("truncated by half", volume[..8 * MIB as usize].to_vec()),
         ("truncated by a block", volume[..volume.len() - 4096].to_vec()),
         ("its second half", volume[8 * MIB as usize..].to_vec()),
-        ("without both superblocks", {
-            let mut v = without(0, 4096);
+        ("without all three superblocks", {
+            let mut v = without(0, 8 * 4096);
             let end = v.len();
             v[end - 4096..].fill(0);
             v
         }),
-        ("cluster records zeroed", without(4096, 4096)),
-        ("all records and locks zeroed", without(4096, 520_000)),
+        ("cluster records zeroed", without(at(l.cluster_start), 4096)),
+        ("all records and locks zeroed", {
+            let mut v = without(at(l.cluster_start), at(l.journals_start - l.cluster_start));
+            for g in 0..l.groups {
+                v[at(l.group_bitmap(g, l.bitmap_blocks))..at(l.group_extent(g).start)].fill(0);
+            }
+            v
+        }),
     ];
     let (image, mnt) = (text(&c.image()), text(&c.path().join("mnt")));
     for (what, bytes) in &images {

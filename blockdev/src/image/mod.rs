@@ -19,6 +19,8 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -137,6 +139,8 @@ impl Inner {
 pub struct ImageFile {
     inner: Arc<Inner>,
     geometry: Geometry,
+    /// As last seen.
+    size: AtomicU64,
     writable: bool,
     direct: bool,
     /// Locks of one description do not exclude each other: compare-and-writes of this node queue here, by sector. The
@@ -201,16 +205,15 @@ impl ImageFile {
         if accepted && !direct {
             sys::set_buffered(&file).map_err(error)?;
         }
-        // The end of a block device is not in its metadata.
-        let end = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error)?;
-        let size = end - end % u64::from(sector_size);
+        let size = size_of(&file, sector_size).map_err(error)?;
         if size < MIN_SIZE {
-            return Err(OpenError::TooSmall { path: path.to_owned(), size: end, min: MIN_SIZE });
+            return Err(OpenError::TooSmall { path: path.to_owned(), size, min: MIN_SIZE });
         }
         let ordered = if direct { None } else { Some(parking_lot::Mutex::new(open(0).map_err(error)?)) };
         Ok(Arc::new(Self {
             inner: Arc::new(Inner { file, ordered }),
             geometry: Geometry { sector_size, size, write_cache: true, fencing: FencingKind::ProcessLock },
+            size: AtomicU64::new(size),
             writable: mode == OpenMode::ReadWrite,
             direct,
             caw: (0..CAW_SHARDS).map(|_| Arc::default()).collect(),
@@ -243,7 +246,18 @@ impl ImageFile {
     }
 
     fn check(&self, op: &'static str, offset: u64, lens: impl IntoIterator<Item = usize>) -> Result<usize> {
-        range::check(op, &self.geometry, offset, lens)
+        let lens: Vec<usize> = lens.into_iter().collect();
+        match range::check(op, &self.geometry(), offset, lens.iter().copied()) {
+            Err(DevError::Range { .. }) => range::check(op, &self.measure(op)?, offset, lens),
+            checked => checked,
+        }
+    }
+
+    /// Looks how large the file is now.
+    fn measure(&self, op: &'static str) -> Result<Geometry> {
+        let size = size_of(&self.inner.file, self.geometry.sector_size).map_err(|e| io_error(op, 0, 0, e))?;
+        self.size.store(size, Relaxed);
+        Ok(self.geometry())
     }
 
     fn permit(&self) -> Permit {
@@ -256,6 +270,12 @@ impl ImageFile {
         }
         Err(io_error(op, offset, len, ErrorKind::ReadOnlyFilesystem.into()))
     }
+}
+
+/// In whole sectors. The end of a block device is not in its metadata.
+fn size_of(mut file: &File, sector_size: u32) -> io::Result<u64> {
+    let end = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
+    Ok(end - end % u64::from(sector_size))
 }
 
 fn is_refusal(e: &io::Error) -> bool {
@@ -276,7 +296,11 @@ fn slot_lock(slot: u16) -> u64 {
 #[async_trait]
 impl BlockDevice for ImageFile {
     fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry { size: self.size.load(Relaxed), ..self.geometry }
+    }
+
+    async fn look_at_size(&self) -> Result<Geometry> {
+        self.measure("measuring")
     }
 
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {
@@ -306,7 +330,7 @@ impl BlockDevice for ImageFile {
         self.check(op, offset, [sector])?;
         if expect.len() != sector || new.len() != sector {
             let len = if expect.len() == sector { new.len() } else { expect.len() };
-            return Err(DevError::Range { op, offset, len, size: self.geometry.size });
+            return Err(DevError::Range { op, offset, len, size: self.geometry().size });
         }
         self.check_writable(op, offset, sector)?;
         self.stats.count_compare_and_write(sector);
@@ -389,7 +413,7 @@ impl BlockDevice for ImageFile {
 
     async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let op = "discard";
-        let size = self.geometry.size;
+        let size = self.geometry().size;
         let short = usize::try_from(len).map_err(|_| DevError::Range { op, offset, len: usize::MAX, size })?;
         self.check(op, offset, [short])?;
         self.check_writable(op, offset, short)?;

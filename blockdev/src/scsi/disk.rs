@@ -98,6 +98,8 @@ pub struct ScsiDisk {
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) features: Features,
     pub(crate) geometry: Geometry,
+    /// As last told, in bytes.
+    pub(crate) size: AtomicU64,
     pub(crate) owner: Mutex<Owner>,
     /// Registering, and looking after a reconnect: one at a time.
     pub(crate) attaching: tokio::sync::Mutex<()>,
@@ -120,6 +122,7 @@ impl ScsiDisk {
             transport,
             features,
             geometry,
+            size: AtomicU64::new(geometry.size),
             owner: Mutex::default(),
             attaching: tokio::sync::Mutex::default(),
             attached: AtomicU64::new(0),
@@ -311,6 +314,14 @@ impl ScsiDisk {
         bytes / u64::from(self.geometry.sector_size)
     }
 
+    /// The rule of all devices; what lies beyond the end may be there since the disk was enlarged.
+    async fn check(&self, op: &'static str, offset: u64, lens: &[usize]) -> Result<usize> {
+        match range::check(op, &self.geometry(), offset, lens.iter().copied()) {
+            Err(DevError::Range { .. }) => range::check(op, &self.measure().await?, offset, lens.iter().copied()),
+            checked => checked,
+        }
+    }
+
     fn check_writable(&self, what: What) -> Result<()> {
         if self.writable { Ok(()) } else { Err(what.error(ErrorKind::ReadOnlyFilesystem.into())) }
     }
@@ -346,11 +357,15 @@ impl ScsiDisk {
 #[async_trait]
 impl BlockDevice for ScsiDisk {
     fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry { size: self.size.load(SeqCst), ..self.geometry }
+    }
+
+    async fn look_at_size(&self) -> Result<Geometry> {
+        self.measure().await
     }
 
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {
-        let total = range::check("read", &self.geometry, offset, lens.iter().copied())?;
+        let total = self.check("read", offset, lens).await?;
         self.stats.count_read(class, total);
         if total == 0 {
             return Ok(join(lens, Vec::new()));
@@ -366,7 +381,7 @@ impl BlockDevice for ScsiDisk {
 
     async fn writev(&self, class: IoClass, offset: u64, bufs: Vec<Arc<AlignedBuf>>, fua: bool) -> Result<()> {
         let lens: Vec<usize> = bufs.iter().map(|b| b.len()).collect();
-        let total = range::check("write", &self.geometry, offset, lens.iter().copied())?;
+        let total = self.check("write", offset, &lens).await?;
         self.check_writable(What { op: "write", offset, len: total })?;
         self.stats.count_write(class, total);
         if total == 0 {
@@ -415,10 +430,10 @@ impl BlockDevice for ScsiDisk {
     async fn compare_and_write(&self, offset: u64, expect: &[u8], new: &[u8]) -> Result<Caw> {
         let op = "compare-and-write";
         let sector = self.geometry.sector_size as usize;
-        range::check(op, &self.geometry, offset, [sector])?;
+        self.check(op, offset, &[sector]).await?;
         if expect.len() != sector || new.len() != sector {
             let len = if expect.len() == sector { new.len() } else { expect.len() };
-            return Err(DevError::Range { op, offset, len, size: self.geometry.size });
+            return Err(DevError::Range { op, offset, len, size: self.geometry().size });
         }
         let what = What { op, offset, len: sector };
         self.check_writable(what)?;
@@ -487,9 +502,9 @@ impl BlockDevice for ScsiDisk {
 
     async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let op = "discard";
-        let size = self.geometry.size;
+        let size = self.geometry().size;
         let short = usize::try_from(len).map_err(|_| DevError::Range { op, offset, len: usize::MAX, size })?;
-        range::check(op, &self.geometry, offset, [short])?;
+        self.check(op, offset, &[short]).await?;
         let what = What { op, offset, len: short };
         self.check_writable(what)?;
         if len == 0 || !self.features.unmap {

@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use super::cdb::{self, Cdb};
 use super::disk::{Answer, Refusal, ScsiDisk, What};
@@ -75,13 +76,7 @@ impl ScsiDisk {
             );
         }
         let capacity = self.must(what, cdb::read_capacity()).await?;
-        let (blocks, sector_size) =
-            cdb::capacity(&capacity).ok_or_else(|| what.io(ErrorKind::InvalidData, "the device tells no size"))?;
-        let size = blocks.checked_mul(u64::from(sector_size)).filter(|_| matches!(sector_size, 512 | 4096));
-        let Some(size) = size else {
-            let why = format!("blocks of {sector_size} bytes are not supported, only of 512 or 4096");
-            return Err(what.io(ErrorKind::Unsupported, why));
-        };
+        let (sector_size, size) = measured(what, &capacity)?;
         self.identify_reservations().await?;
         if self.writable {
             // Before anything else is asked: the owner may have shut out all others' questions, and is the better reason.
@@ -94,6 +89,7 @@ impl ScsiDisk {
         };
         let most = u64::from(limits.transfer) * u64::from(sector_size);
         self.geometry = Geometry { sector_size, size, write_cache, fencing: FencingKind::None };
+        self.size.store(size, SeqCst);
         self.features = Features {
             product: cdb::product(&inquiry),
             fua,
@@ -108,6 +104,19 @@ impl ScsiDisk {
             self.geometry.fencing = FencingKind::Reservations;
         }
         Ok(())
+    }
+
+    /// Asks how large the disk is now. That it changed the device also tells by a unit attention, which costs the next command a retry.
+    pub(crate) async fn measure(&self) -> Result<Geometry> {
+        let what = What::new("read capacity");
+        let capacity = self.must(what, cdb::read_capacity()).await?;
+        let (sector_size, size) = measured(what, &capacity)?;
+        if sector_size != self.geometry.sector_size {
+            let why = format!("its blocks had {} bytes, now they have {sector_size}", self.geometry.sector_size);
+            return Err(what.io(ErrorKind::InvalidData, why));
+        }
+        self.size.store(size, SeqCst);
+        Ok(Geometry { size, ..self.geometry })
     }
 
     /// Whether there is a volatile write cache, and FUA; the answer on the safe side if the device does not say. On a device in
@@ -159,4 +168,16 @@ impl ScsiDisk {
             Refusal::Conflict => self.reserved(what),
         })
     }
+}
+
+/// Bytes per sector, and in all.
+fn measured(what: What, capacity: &[u8]) -> Result<(u32, u64)> {
+    let (blocks, sector_size) =
+        cdb::capacity(capacity).ok_or_else(|| what.io(ErrorKind::InvalidData, "the device tells no size"))?;
+    let size = blocks.checked_mul(u64::from(sector_size)).filter(|_| matches!(sector_size, 512 | 4096));
+    let size = size.ok_or_else(|| {
+        let why = format!("blocks of {sector_size} bytes are not supported, only of 512 or 4096");
+        what.io(ErrorKind::Unsupported, why)
+    })?;
+    Ok((sector_size, size))
 }

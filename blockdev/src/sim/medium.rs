@@ -121,6 +121,10 @@ impl Medium {
         Self { image, sector, write_cache, volatile: BTreeMap::new() }
     }
 
+    pub(super) fn enlarge(&mut self, size: u64) {
+        self.image.size = size;
+    }
+
     pub(super) fn image(&self) -> &SimImage {
         &self.image
     }

@@ -25,6 +25,8 @@ mod tests;
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use parking_lot::Mutex;
 use tokio::time::Duration;
@@ -106,6 +108,7 @@ pub enum OpKind {
 /// The simulated shared device.
 pub struct SimDisk {
     geometry: Geometry,
+    size: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -137,11 +140,25 @@ impl SimDisk {
             write_cache: cfg.write_cache,
             fencing: cfg.fencing,
         };
-        Arc::new(Self { geometry, state: Mutex::new(State::new(cfg, image.clone())) })
+        Arc::new(Self {
+            geometry,
+            size: AtomicU64::new(geometry.size),
+            state: Mutex::new(State::new(cfg, image.clone())),
+        })
     }
 
     pub fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry { size: self.size.load(Relaxed), ..self.geometry }
+    }
+
+    /// The device gets more sectors, all zeros. Connections that are open learn it when they ask.
+    ///
+    /// # Panics
+    /// If that makes it smaller, or is not whole sectors.
+    pub fn enlarge(&self, size: u64) {
+        assert!(size >= self.geometry().size && size.is_multiple_of(u64::from(self.geometry.sector_size)));
+        self.state.lock().enlarge(size);
+        self.size.store(size, Relaxed);
     }
 
     /// Connects a node; one connection per incarnation.

@@ -1,6 +1,8 @@
 //! One node's connection to the simulated device, and what can happen to it.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use async_trait::async_trait;
 use tokio::sync::Notify;
@@ -18,6 +20,8 @@ pub struct SimNode {
     disk: Arc<SimDisk>,
     id: usize,
     changed: Arc<Notify>,
+    /// Of the device, as this node last saw it.
+    size: AtomicU64,
     stats: DeviceStats,
 }
 
@@ -46,7 +50,8 @@ impl SimNode {
         let id = state.add_node(name, raw);
         let changed = state.nodes[id].changed.clone();
         drop(state);
-        Self { disk, id, changed, stats: DeviceStats::default() }
+        let size = AtomicU64::new(disk.geometry().size);
+        Self { disk, id, changed, size, stats: DeviceStats::default() }
     }
 
     /// The device that this node is connected to.
@@ -160,7 +165,16 @@ impl SimNode {
     }
 
     fn check(&self, op: &'static str, offset: u64, lens: impl IntoIterator<Item = usize>) -> Result<usize> {
-        range::check(op, &self.disk.geometry(), offset, lens)
+        let lens: Vec<usize> = lens.into_iter().collect();
+        match range::check(op, &self.geometry(), offset, lens.iter().copied()) {
+            Err(DevError::Range { .. }) => range::check(op, &self.measure(), offset, lens),
+            checked => checked,
+        }
+    }
+
+    fn measure(&self) -> Geometry {
+        self.size.store(self.disk.geometry().size, Relaxed);
+        self.geometry()
     }
 }
 
@@ -172,7 +186,11 @@ fn mixed_up<T>() -> Result<T> {
 #[async_trait]
 impl BlockDevice for SimNode {
     fn geometry(&self) -> Geometry {
-        self.disk.geometry()
+        Geometry { size: self.size.load(Relaxed), ..self.disk.geometry() }
+    }
+
+    async fn look_at_size(&self) -> Result<Geometry> {
+        Ok(self.measure())
     }
 
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {

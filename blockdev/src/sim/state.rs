@@ -102,6 +102,11 @@ impl State {
         }
     }
 
+    pub(super) fn enlarge(&mut self, size: u64) {
+        self.cfg.size = size;
+        self.medium.enlarge(size);
+    }
+
     pub(super) fn add_node(&mut self, name: &str, raw: bool) -> usize {
         self.nodes.push(NodeState {
             name: name.to_owned(),

@@ -53,7 +53,7 @@ impl Device {
             doorbells: 0,
             locks: 0,
             groups: 0,
-            domains: locks,
+            domain_locks: crate::DomainLocks { first: 0, per_group: locks, distance: 0 },
             plain: None,
         };
         let slot = |s| SlotBlock::decode(&crate::initial_slot_block(&layout, s), VOLUME, s).unwrap();

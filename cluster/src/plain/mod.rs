@@ -289,6 +289,11 @@ impl BlockDevice for PlainLocks {
         Geometry { fencing: FencingKind::None, ..self.0.inner.geometry() }
     }
 
+    async fn look_at_size(&self) -> Result<Geometry> {
+        self.0.inner.look_at_size().await?;
+        Ok(self.geometry())
+    }
+
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {
         self.0.inner.readv(class, offset, lens).await
     }

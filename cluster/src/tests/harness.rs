@@ -30,7 +30,11 @@ pub fn layout(nodes: u16) -> Layout {
         doorbells,
         locks,
         groups: GROUPS,
-        domains: DOMAINS,
+        domain_locks: DomainLocks {
+            first: locks + u64::from(GROUPS) * stride,
+            per_group: DOMAINS / GROUPS,
+            distance: u64::from(DOMAINS / GROUPS) * stride,
+        },
         plain: None,
     }
 }

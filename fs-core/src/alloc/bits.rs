@@ -17,6 +17,12 @@ impl Bits {
         self.len
     }
 
+    /// More bits, clear ones.
+    pub fn grow(&mut self, len: u64) {
+        self.words.resize(len.div_ceil(64) as usize, 0);
+        self.len = len;
+    }
+
     pub fn get(&self, i: u64) -> bool {
         i >= self.len || self.words[(i / 64) as usize] & (1 << (i % 64)) != 0
     }

@@ -36,9 +36,9 @@ impl Freed {
         self.0.pop_first().map(|(start, len)| Extent::new(start, len))
     }
 
-    /// Forgets what begins in an extent.
-    pub fn forget(&mut self, e: Extent) {
-        self.0.retain(|start, _| *start < e.start || *start >= e.end());
+    /// Forgets what begins in some blocks.
+    pub fn forget(&mut self, there: impl Fn(u64) -> bool) {
+        self.0.retain(|start, _| !there(*start));
     }
 }
 
@@ -74,7 +74,7 @@ impl Inner {
     fn still_free(&mut self, run: Extent) -> Option<(Extent, Ticket)> {
         let number = self.layout.group_of(run.start)?;
         let group = self.groups.get_mut(&number)?;
-        let extent = self.layout.group_extent(number);
+        let extent = Extent::new(self.layout.group_extent(number).start, group.len());
         let end = run.end().min(extent.end());
         let mut at = run.start;
         while at < end {
@@ -105,7 +105,7 @@ mod tests {
             f.add(Extent::new(start, len));
         }
         assert_eq!(f.0, BTreeMap::from([(90, 40), (200, 1)]));
-        f.forget(Extent::new(0, 100));
+        f.forget(|block| block < 100);
         assert_eq!((f.pop(), f.pop()), (Some(Extent::new(200, 1)), None));
     }
 }

@@ -75,8 +75,13 @@ impl Group {
             why,
         })?;
         let header = GroupHeader::decode(&block).map_err(|e| FsError::format(owner, e))?;
-        let extent = layout.group_extent(number);
-        let mut busy = Bits::new(extent.len);
+        // One that counts more than this node knows of: the volume grew, and another node noticed first.
+        let len = layout.group_extent(number).len.max(header.blocks.into());
+        if len > layout.group_blocks.into() {
+            let why = format!("its header counts {} blocks, no group has so many", header.blocks);
+            return Err(FsError::damaged(owner, why));
+        }
+        let mut busy = Bits::new(len);
         let mut bitmaps = BTreeMap::new();
         for index in 0..layout.bitmap_blocks {
             if header.written_bitmaps & (1 << index) == 0 {
@@ -85,7 +90,7 @@ impl Group {
             let at = layout.group_bitmap(number, index);
             let map = store.read(owner, at, BlockKind::GroupBitmap).await?;
             let base = u64::from(index) * BITS_PER_BITMAP;
-            for i in 0..BITS_PER_BITMAP.min(extent.len.saturating_sub(base)) {
+            for i in 0..BITS_PER_BITMAP.min(len.saturating_sub(base)) {
                 if bit(&map[64..], i as usize) {
                     busy.set(base + i, true);
                 }
@@ -96,8 +101,9 @@ impl Group {
             .check_versions(bitmaps.values().map(|b| version(&b.block)))
             .map_err(|why| FsError::damaged(owner, why))?;
         let free = busy.count_clear();
-        if free != header.free_blocks {
-            let why = format!("its header counts {} free blocks, its bitmaps {free}", header.free_blocks);
+        let counted = header.grown_to(len).free_blocks;
+        if counted != free {
+            let why = format!("its header counts {counted} free blocks, its bitmaps {free}");
             return Err(FsError::damaged(owner, why));
         }
         let range = layout.group_domains(number);
@@ -132,6 +138,7 @@ impl Group {
             free_domains: domains.count_clear() as u32,
             written_bitmaps: 0,
             bitmap_versions: 0,
+            blocks: extent.len as u32,
         };
         let block = Arc::new(Block::zeroed(BLOCK_SIZE));
         Self {
@@ -163,9 +170,22 @@ impl Group {
         self.free
     }
 
-    /// As the header counts: freed ones that wait for their record included.
+    /// Freed ones that wait for their record included.
     pub fn free_on_disk(&self) -> u64 {
-        self.header.free_blocks
+        self.header.grown_to(self.busy.len()).free_blocks
+    }
+
+    /// Blocks that it manages.
+    pub fn len(&self) -> u64 {
+        self.busy.len()
+    }
+
+    /// The volume grew, and this group with it. The header follows with the next operation that changes the group.
+    pub fn grow(&mut self, len: u64) {
+        if len > self.busy.len() {
+            self.free += len - self.busy.len();
+            self.busy.grow(len);
+        }
     }
 
     /// Of the header: each operation that changes the group counts.
@@ -247,6 +267,7 @@ impl Group {
             set_bit(&mut map[64..], at, used);
             self.header.written_bitmaps |= 1 << index;
         }
+        self.header = self.header.grown_to(self.busy.len());
         if used {
             self.header.free_blocks -= e.len
         } else {

@@ -108,17 +108,24 @@ impl Allocator {
         i.current = number;
     }
 
-    /// The group is being given up: no allocation from it any more. Returns what its lock block is to say of it: free blocks and version.
+    /// The group is being given up: no allocation from it any more. Returns what its lock block is to say of it: free blocks, blocks and version.
     pub fn remove(&self, number: u32) -> Option<LockValue> {
         let mut i = self.inner.lock();
         i.leaving.remove(&number);
         let group = i.groups.remove(&number)?;
-        let extent = self.layout.group_extent(number);
-        i.pending.retain(|(_, e)| !(extent.start <= e.start && e.start < extent.end()));
+        let layout = self.layout;
+        i.pending.retain(|(_, e)| layout.group_of(e.start) != Some(number));
         if let Some(freed) = &mut i.freed {
-            freed.forget(extent);
+            freed.forget(|block| layout.group_of(block) == Some(number));
         }
-        Some(LockValue { root: group.free_on_disk(), next_local: 0, version: group.version() })
+        Some(LockValue { root: group.free_on_disk(), next_local: group.len(), version: group.version() })
+    }
+
+    /// The volume grew: so may the last of the groups that it had.
+    pub fn grow(&self, layout: &VolumeLayout) {
+        for (number, group) in &mut self.inner.lock().groups {
+            group.grow(layout.group_extent(*number).len);
+        }
     }
 
     /// Whether the group is held, and not about to be given up.
@@ -360,7 +367,8 @@ mod tests {
             blocks: 4096,
             nodes: 2,
             groups: 1,
-            domains: 64,
+            max_groups: 4,
+            domains_per_group: 64,
             group_blocks: 2048,
             bitmap_blocks: 1,
             journal_blocks: 256,
@@ -369,7 +377,6 @@ mod tests {
             cluster_start: 1,
             locks_start: 16,
             journals_start: 64,
-            group_table_start: 1000,
             groups_start: 1024,
         }
     }

@@ -15,10 +15,12 @@ impl Blocks {
         Self { layout, groups: BTreeMap::new() }
     }
 
-    /// Whether a run lies in the groups.
+    /// Whether a run lies in a group.
     pub fn inside(&self, start: u64, len: u64) -> bool {
+        // In one group: between two there is what belongs to the second.
         let last = start.checked_add(len).and_then(|e| e.checked_sub(1));
-        len > 0 && self.layout.group_of(start).is_some() && last.is_some_and(|l| self.layout.group_of(l).is_some())
+        let group = self.layout.group_within(start);
+        len > 0 && group.is_some() && last.is_some_and(|l| self.layout.group_within(l) == group)
     }
 
     /// The bits of a group, 64 blocks a word.
@@ -39,7 +41,7 @@ impl Blocks {
 
     /// Whether a block is in; one outside the groups counts as such.
     pub fn get(&self, block: u64) -> bool {
-        let Some(g) = self.layout.group_of(block) else { return true };
+        let Some(g) = self.layout.group_within(block) else { return true };
         let i = block - self.layout.group_extent(g).start;
         self.groups.get(&g).is_some_and(|w| w.get((i / 64) as usize).is_none_or(|w| w >> (i % 64) & 1 == 1))
     }
@@ -55,7 +57,7 @@ impl Blocks {
             return false;
         }
         for b in start..start + len {
-            let Some(g) = self.layout.group_of(b) else { continue };
+            let Some(g) = self.layout.group_within(b) else { continue };
             let i = b - self.layout.group_extent(g).start;
             if let Some(w) = self.words_mut(g).get_mut((i / 64) as usize) {
                 *w |= 1 << (i % 64);

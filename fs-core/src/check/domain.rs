@@ -163,7 +163,7 @@ impl DomainCheck {
                 Err(_) => report.violation(place(), "a deferred free has no length"),
             },
             k if k == Kind::Leftover as u8 && self.slot_domain => {
-                if key.offset >= u64::from(space.layout.domains) {
+                if key.offset >= u64::from(space.layout.domains()) {
                     report.violation(place(), format!("says that domain {} has leftovers: there is none", key.offset));
                 }
             }

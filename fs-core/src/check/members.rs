@@ -10,16 +10,16 @@ use super::reader::Reader;
 use super::report::{Progress, Report};
 use super::space::Space;
 use super::{CheckError, Notify, lock_text};
-use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
-use crate::format::superblock::{Superblock, SuperblockError};
+use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, NEAR_COPY, NO_DOMAIN, VolumeLayout};
+use crate::format::superblock::{Superblock, SuperblockError, newest_copy};
 
 /// Blocks of lock blocks in memory at once: 16 MiB.
 const LOCK_BLOCKS: usize = 4096;
 
-/// Reads the superblock, or its copy if that is the good one, and compares the two.
+/// Reads the superblock, or the newer of its copies if it cannot be used, and compares them.
 pub(super) async fn superblock(dev: &Arc<dyn BlockDevice>, report: &mut Report) -> Result<Superblock, CheckError> {
     let size = dev.geometry().size;
-    if size < 2 * BLOCK {
+    if size <= NEAR_COPY * BLOCK {
         return Err(CheckError::TooSmall { size });
     }
     let first = dev.read(IoClass::Meta, 0, BLOCK as usize).await?;
@@ -28,28 +28,22 @@ pub(super) async fn superblock(dev: &Arc<dyn BlockDevice>, report: &mut Report) 
         // Not ours to guess about.
         Err(e @ (SuperblockError::Newer { .. } | SuperblockError::Older { .. })) => return Err(e.into()),
         Err(e) => {
-            // The copy is in the volume's last block, which is the device's unless that is larger.
-            let copy = dev.read(IoClass::Meta, (size / BLOCK - 1) * BLOCK, BLOCK as usize).await?;
-            let at = size / BLOCK - 1;
-            let sb = match (Superblock::decode(&copy), &e) {
-                (Ok(sb), _) => sb,
-                (Err(SuperblockError::Damaged(why)), SuperblockError::Damaged(first)) => {
-                    return Err(CheckError::NoSuperblock { why: first.clone(), copy: at, copy_why: why });
-                }
-                _ => return Err(e.into()),
-            };
+            let Some((at, sb)) = newest_copy(dev.as_ref()).await else { return Err(no_superblock(dev, e).await) };
             let e = e.to_string();
             let e = e.trim_end_matches(super::ADVICE);
             report.violation("superblock, block 0", format!("{e}; its copy in block {at} is used"));
             return Ok(sb);
         }
     };
-    let copy_at = sb.layout().backup_superblock();
-    let place = format!("copy of the superblock, block {copy_at}");
-    if size / BLOCK >= sb.blocks {
-        match dev.read(IoClass::Meta, copy_at * BLOCK, BLOCK as usize).await {
+    for at in sb.layout().superblock_copies().into_iter().filter(|at| *at < size / BLOCK) {
+        let place = format!("copy of the superblock, block {at}");
+        match dev.read(IoClass::Meta, at * BLOCK, BLOCK as usize).await {
             Ok(copy) => match Superblock::decode(&copy) {
                 Ok(c) if c == sb => {}
+                Ok(c) if c.uuid == sb.uuid && c.generation > sb.generation => report.note(format!(
+                    "{place}: speaks of {} blocks: the volume was to grow, and that was cut off; it has {} blocks, and `clusterfs grow` can be run again",
+                    c.blocks, sb.blocks
+                )),
                 Ok(_) => report.violation(place, "differs from the superblock"),
                 Err(SuperblockError::Absent) => report.violation(place, "is not there"),
                 Err(e) => report.violation(place, e),
@@ -58,6 +52,19 @@ pub(super) async fn superblock(dev: &Arc<dyn BlockDevice>, report: &mut Report) 
         }
     }
     Ok(sb)
+}
+
+/// The error when neither the superblock nor a copy can be used.
+async fn no_superblock(dev: &Arc<dyn BlockDevice>, first: SuperblockError) -> CheckError {
+    let SuperblockError::Damaged(why) = &first else { return first.into() };
+    let copy = dev.read(IoClass::Meta, NEAR_COPY * BLOCK, BLOCK as usize).await;
+    match copy.map(|c| Superblock::decode(&c)) {
+        Ok(Err(SuperblockError::Damaged(copy_why))) => {
+            CheckError::NoSuperblock { why: why.clone(), copy: NEAR_COPY, copy_why }
+        }
+        Err(e) => CheckError::NoSuperblock { why: why.clone(), copy: NEAR_COPY, copy_why: e.to_string() },
+        _ => first.into(),
+    }
 }
 
 /// What is known of the slots.
@@ -150,29 +157,22 @@ pub(super) async fn locks(
 ) -> (Vec<(u32, u64)>, BTreeMap<u32, u64>) {
     let areas = layout.cluster();
     let stride = areas.stride as usize;
-    let per_block = BLOCK as usize / stride;
-    let first_lock = areas.locks / BLOCK;
-    let groups = layout.groups;
-    let id = |index: u64| match u32::try_from(index) {
-        Ok(i) if i < groups => Some(LockId::Group(i)),
-        Ok(i) if i - groups < layout.domains => Some(LockId::Domain(i - groups)),
-        _ => None,
-    };
-    let index = |d: &u32| u64::from(groups) + u64::from(*d);
-    let wanted: Vec<u64> = (0..u64::from(groups)).chain(space.domains.iter().map(index)).collect();
+    let domains = std::iter::once(NO_DOMAIN).chain(space.domains.iter().copied());
+    let wanted: Vec<(LockId, u64)> = (0..layout.groups)
+        .map(LockId::Group)
+        .chain(domains.map(LockId::Domain))
+        .filter_map(|id| Some((id, areas.lock_block(id)?)))
+        .collect();
     let (mut headers, mut least_versions) = (Vec::new(), BTreeMap::new());
     let mut done = 0;
-    for chunk in wanted.chunks(LOCK_BLOCKS * per_block) {
+    for chunk in wanted.chunks(LOCK_BLOCKS * (BLOCK as usize / stride)) {
         tell(Progress { phase: "locks", done, total: wanted.len() as u64 });
         done += chunk.len() as u64;
-        let block_of = |i: &u64| first_lock + i / per_block as u64;
-        let blocks = r.many(&chunk.iter().map(block_of).collect::<Vec<_>>()).await;
-        for i in chunk {
-            let Some(id) = id(*i) else { continue };
-            let at = areas.locks + i * areas.stride;
+        let blocks = r.many(&chunk.iter().map(|(_, at)| at / BLOCK).collect::<Vec<_>>()).await;
+        for (id, at) in chunk.iter().copied() {
             let place = lock_text(id, at);
-            let from = (*i as usize % per_block) * stride;
-            let sector = match blocks.get(&block_of(i)) {
+            let from = (at % BLOCK) as usize;
+            let sector = match blocks.get(&(at / BLOCK)) {
                 Some(Ok(b)) => b.get(from..from + stride).unwrap_or(&[]),
                 Some(Err(e)) => {
                     report.violation(place, e);
@@ -199,6 +199,7 @@ pub(super) async fn locks(
                         report.violation(format!("group {g}"), format!("its header: {e}"));
                     }
                 }
+                LockId::Domain(NO_DOMAIN) => {}
                 LockId::Domain(d) => match block.value.root {
                     0 if may_be_empty(layout, d) => {}
                     0 => report.violation(place, "the domain is in use, but has no header block"),

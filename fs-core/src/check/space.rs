@@ -48,9 +48,9 @@ impl Space {
     pub fn claim(&mut self, start: u64, len: u64, report: &mut Report, who: &dyn Fn() -> String) -> bool {
         let end = start.checked_add(len);
         let inside = |end: u64| {
-            start >= self.layout.groups_start
-                && end < self.layout.blocks
-                && self.layout.group_of(end.saturating_sub(1)).is_some()
+            // Between two groups there is what belongs to the second.
+            let group = self.layout.group_within(start);
+            group.is_some() && group == self.layout.group_within(end.saturating_sub(1))
         };
         let Some(end) = end.filter(|e| len > 0 && inside(*e)) else {
             report.violation(who(), format!("refers to {}, outside the allocation groups", run_text(start, len)));
@@ -60,7 +60,7 @@ impl Space {
         let mut conflicts = 0u64;
         let mut at = start;
         while at < end {
-            let Some(g) = self.layout.group_of(at) else { break };
+            let Some(g) = self.layout.group_within(at) else { break };
             let e = self.layout.group_extent(g);
             let words = self.claims.words_mut(g);
             let to = end.min(e.end());
@@ -96,9 +96,6 @@ impl Space {
 
     /// Reads every group's header and the domain bitmaps in them.
     pub async fn read_headers(&mut self, r: &Reader, report: &mut Report, tell: Notify<'_>) {
-        if self.layout.domains_per_group() > MAX_DOMAINS_PER_GROUP {
-            report.violation("superblock", "more domains than the groups can count");
-        }
         let mut g = 0;
         while g < self.layout.groups {
             tell(Progress { phase: "groups", done: g.into(), total: self.layout.groups.into() });
@@ -258,8 +255,15 @@ impl Space {
             let free = extent.len - used;
             report.blocks_used += used;
             report.blocks_free += free;
-            if readable && free != h.free_blocks {
-                let text = format!("its header counts {} free blocks, its bitmaps {free}", h.free_blocks);
+            if u64::from(h.blocks) > extent.len {
+                let text = format!("its header counts {} blocks, it has {}", h.blocks, extent.len);
+                report.violation(format!("group {g}"), text);
+                continue;
+            }
+            // What the group got when the volume grew counts from the header's next change on.
+            let counted = h.grown_to(extent.len).free_blocks;
+            if readable && free != counted {
+                let text = format!("its header counts {counted} free blocks, its bitmaps {free}");
                 report.violation(format!("group {g}"), text);
             }
         }

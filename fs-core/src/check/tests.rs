@@ -253,7 +253,13 @@ fn raw(name: &str, at: impl FnOnce(&Image) -> u64, expect: &str) {
 fn damaged_blocks_are_named() {
     let layout = |i: &Image| i.sb.layout();
     raw("superblock", |_| 50, "its copy in block");
-    raw("copy", |i| i.sb.layout().backup_superblock() * 4096 + 50, "copy of the superblock");
+    raw("near copy", |i| layout(i).superblock_copies()[0] * 4096 + 50, "copy of the superblock");
+    raw("copy", |i| layout(i).superblock_copies()[1] * 4096 + 50, "copy of the superblock");
+    raw(
+        "lock of nobody",
+        |i| layout(i).cluster().lock_block(LockId::Domain(0)).unwrap() + 20,
+        "lock block of domain 0",
+    );
     raw("group header", |i| layout(i).group_header(0) * 4096 + 100, "group 0, header in block");
     raw("bitmap", |i| layout(i).group_bitmap(0, 0) * 4096 + 100, "group 0, bitmap in block");
     run(async {

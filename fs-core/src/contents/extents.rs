@@ -81,7 +81,7 @@ impl Txn<'_> {
     fn joined(&self, a: &Mapped, b: &Mapped) -> Option<u32> {
         let follows = a.end() == b.at && a.item.start + u64::from(a.item.len) == b.item.start;
         let alike = a.item.unwritten == b.item.unwritten;
-        let same_group = self.vol.layout.group_of(a.item.start) == self.vol.layout.group_of(b.item.start);
+        let same_group = self.vol.layout().group_of(a.item.start) == self.vol.layout().group_of(b.item.start);
         (follows && alike && same_group).then(|| a.item.len.checked_add(b.item.len)).flatten()
     }
 

@@ -188,7 +188,7 @@ impl Txn<'_> {
 
     /// A damaged extent must not let a file show the volume's own structures.
     fn check_data_blocks(&self, ino: u64, start: u64, len: u32) -> Result<()> {
-        let layout = &self.vol.layout;
+        let layout = self.vol.layout();
         let group = layout.group_of(start);
         if group.is_none() || group != layout.group_of(start + u64::from(len) - 1) {
             let owner = LockId::Domain(ino_domain(ino));

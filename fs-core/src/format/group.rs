@@ -1,4 +1,4 @@
-//! Allocation groups: a header block and bitmap blocks per group, in the group table.
+//! Allocation groups: a header block and bitmap blocks at the start of each group.
 //!
 //! Content of a group header, from byte 64 of the block:
 //!
@@ -8,14 +8,18 @@
 //! | 8  | 4  | free domain numbers |
 //! | 12 | 4  | versions of the written bitmap blocks, added up modulo 2^32: a change of a bitmap block adds 1 to its version |
 //! | 16 | 8  | bit i: bitmap block i has been written; an unwritten one means all free |
-//! | 24 | 8  | zero |
+//! | 24 | 4  | blocks that the group counts: all that it manages, or fewer if the volume grew since the header last changed; the rest is free |
+//! | 28 | 4  | zero |
 //! | 32 | 4000 | domain bitmap: bit i = domain number (first of the group + i) is in use |
 //!
 //! A bitmap block has bit i of its content (from byte 64) set for a block in use; block (index x BITS_PER_BITMAP + i) of the group.
 
-use journal::block::BlockError;
+use cluster::LockId;
+use journal::Block;
+use journal::block::{BLOCK_SIZE, BlockError, BlockHeader, BlockKind, seal};
 
 use super::bytes::{FormatError, Reader, Writer};
+use super::layout::VolumeLayout;
 
 /// Bits in the 4032 content bytes of a bitmap block.
 pub const BITS_PER_BITMAP: u64 = 4032 * 8;
@@ -30,6 +34,8 @@ pub struct GroupHeader {
     pub free_domains: u32,
     pub written_bitmaps: u64,
     pub bitmap_versions: u32,
+    /// What `free_blocks` and the bitmaps speak of.
+    pub blocks: u32,
 }
 
 /// Whether the version of a group's header block is at least the one that its lock block says.
@@ -43,12 +49,19 @@ pub fn check_age(found: u32, least: u64) -> Result<(), BlockError> {
 }
 
 impl GroupHeader {
+    /// As it counts once its group has so many blocks, because the volume grew.
+    pub fn grown_to(self, blocks: u64) -> Self {
+        let more = blocks.saturating_sub(self.blocks.into());
+        Self { free_blocks: self.free_blocks + more, blocks: self.blocks + more as u32, ..self }
+    }
+
     pub fn encode(&self, block: &mut [u8]) {
         Writer::new(&mut block[64..])
             .u64(self.free_blocks)
             .u32(self.free_domains)
             .u32(self.bitmap_versions)
-            .u64(self.written_bitmaps);
+            .u64(self.written_bitmaps)
+            .u32(self.blocks);
     }
 
     pub fn decode(block: &[u8]) -> Result<Self, FormatError> {
@@ -56,7 +69,7 @@ impl GroupHeader {
         let free_blocks = r.u64()?;
         let free_domains = r.u32()?;
         let bitmap_versions = r.u32()?;
-        Ok(Self { free_blocks, free_domains, written_bitmaps: r.u64()?, bitmap_versions })
+        Ok(Self { free_blocks, free_domains, written_bitmaps: r.u64()?, bitmap_versions, blocks: r.u32()? })
     }
 
     /// Whether the written bitmap blocks are of the state that the header knows; `found` are their versions.
@@ -69,6 +82,30 @@ impl GroupHeader {
             )),
         }
     }
+}
+
+/// The header of a group of which nothing is in use, sealed.
+pub fn fresh_header(layout: &VolumeLayout, group: u32) -> Block {
+    let (place, owner) = (layout.group_header(group), LockId::Group(group));
+    let mut b = Block::zeroed(BLOCK_SIZE);
+    let kind = BlockKind::GroupHeader;
+    BlockHeader { kind, owner, volume: layout.volume, block: place, version: 0, tenure: 0, record: 0 }.encode(&mut b);
+    // Numbers that the group does not have count as in use.
+    b[DOMAIN_BITMAP].fill(0xff);
+    for d in 0..layout.domains_per_group {
+        set_bit(&mut b[DOMAIN_BITMAP], d as usize, false);
+    }
+    let blocks = layout.group_extent(group).len;
+    GroupHeader {
+        free_blocks: blocks,
+        free_domains: layout.domains_per_group,
+        written_bitmaps: 0,
+        bitmap_versions: 0,
+        blocks: blocks as u32,
+    }
+    .encode(&mut b);
+    seal(&mut b, 0, 0);
+    b
 }
 
 /// Tests bit `i` of a bitmap; beyond the end counts as set.

@@ -1,15 +1,30 @@
 //! Where everything lies on the device, derived from the superblock alone.
 //!
-//! In blocks from the start: superblock (1), cluster records (slot blocks, heartbeats, doorbells, bids and cells; rounded up), lock
-//! blocks, journals, group table (for each group: header, then its bitmap blocks), then the groups' blocks one after
-//! the other (the last may be short), then the superblock's copy in the very last block.
+//! In blocks from the start: superblock, its first copy in block 7, cluster records (slot blocks, heartbeats, doorbells, bids and cells;
+//! rounded up), lock blocks of as many groups as the volume may ever have, journals, then the groups one after the other (the last may be
+//! short), then the superblock's second copy in the very last block. A group begins with what belongs to it: header, bitmap blocks, the lock
+//! blocks of its domains.
+//!
+//! So where a block, a lock or a domain's bit lies does not depend on how large the volume is: it can grow, and a node that has not
+//! noticed yet finds everything that others put into the new part. What depends on the size is only how many groups there are and
+//! how long the last one is.
 
-use cluster::{Layout, Slot};
+use cluster::{DomainLocks, Layout, Slot};
 use journal::Region;
 
 use super::superblock::Superblock;
 
 pub const BLOCK: u64 = 4096;
+
+/// The domain that does not exist. Who holds its lock may change the superblock.
+pub const NO_DOMAIN: u32 = 0;
+/// The block of the superblock's first copy: far enough from block 0 that what other programs write to the start of a disk (partition tables,
+/// labels) spares one of them.
+pub const NEAR_COPY: u64 = 7;
+/// First block of the cluster's records.
+const CLUSTER_START: u64 = NEAR_COPY + 1;
+/// A shorter last group is not worth its header.
+pub const SHORTEST_GROUP: u64 = 64;
 
 /// Domain numbers with a fixed meaning.
 pub const ROOT_DOMAIN: u32 = 1;
@@ -42,7 +57,9 @@ pub struct VolumeLayout {
     pub blocks: u64,
     pub nodes: u16,
     pub groups: u32,
-    pub domains: u32,
+    /// As many groups as there is room for lock blocks.
+    pub max_groups: u32,
+    pub domains_per_group: u32,
     pub group_blocks: u32,
     pub bitmap_blocks: u16,
     pub journal_blocks: u64,
@@ -53,7 +70,6 @@ pub struct VolumeLayout {
     pub cluster_start: u64,
     pub locks_start: u64,
     pub journals_start: u64,
-    pub group_table_start: u64,
     pub groups_start: u64,
 }
 
@@ -65,36 +81,51 @@ impl VolumeLayout {
     pub fn new(sb: &Superblock) -> Self {
         let stride = u64::from(sb.sector_size);
         let nodes = u64::from(sb.nodes);
-        let cluster_start = 1;
         let plain = if sb.plain_locks() { cluster::plain_records(sb.nodes) } else { 0 };
         let cluster_records = 2 * nodes + nodes * nodes + plain;
-        let locks_start = cluster_start + blocks_for(cluster_records * stride);
-        let lock_records = u64::from(sb.groups) + u64::from(sb.domains);
-        let journals_start = locks_start + blocks_for(lock_records * stride);
-        let group_table_start = journals_start + nodes * sb.journal_blocks;
-        let groups_start = group_table_start + u64::from(sb.groups) * (1 + u64::from(sb.bitmap_blocks));
+        let locks_start = CLUSTER_START + blocks_for(cluster_records * stride);
+        let journals_start = locks_start + blocks_for(u64::from(sb.max_groups) * stride);
+        let groups_start = journals_start + nodes * sb.journal_blocks;
         Self {
             volume: sb.volume_id(),
             blocks: sb.blocks,
             nodes: sb.nodes,
             groups: sb.groups,
-            domains: sb.domains,
+            max_groups: sb.max_groups,
+            domains_per_group: sb.domains_per_group,
             group_blocks: sb.group_blocks,
             bitmap_blocks: sb.bitmap_blocks,
             journal_blocks: sb.journal_blocks,
             sector_size: sb.sector_size,
             plain_locks: sb.plain_locks(),
-            cluster_start,
+            cluster_start: CLUSTER_START,
             locks_start,
             journals_start,
-            group_table_start,
             groups_start,
         }
     }
 
     /// The fewest blocks the volume must have: every area, one usable group start, and the superblock's copy.
     pub fn end_block(&self) -> u64 {
-        self.groups_start + u64::from(self.groups - 1) * u64::from(self.group_blocks) + 2
+        self.group_start(self.groups - 1) + self.group_meta() + 2
+    }
+
+    /// The most blocks that it can have.
+    pub fn max_blocks(&self) -> u64 {
+        self.group_start(self.max_groups) + 1
+    }
+
+    /// How many groups a volume of so many blocks has.
+    pub fn groups_in(&self, blocks: u64) -> u32 {
+        let room = (blocks - 1).saturating_sub(self.groups_start);
+        let (whole, rest) = (room / self.group_stride(), room % self.group_stride());
+        let groups = whole + u64::from(rest >= self.group_meta() + SHORTEST_GROUP);
+        u32::try_from(groups).unwrap_or(u32::MAX).min(self.max_groups)
+    }
+
+    /// The same volume with another size.
+    pub fn with_blocks(&self, blocks: u64) -> Self {
+        Self { blocks, groups: self.groups_in(blocks), ..*self }
     }
 
     pub fn cluster(&self) -> Layout {
@@ -111,8 +142,12 @@ impl VolumeLayout {
             heartbeats,
             doorbells,
             locks: self.locks_start * BLOCK,
-            groups: self.groups,
-            domains: self.domains,
+            groups: self.max_groups,
+            domain_locks: DomainLocks {
+                first: (self.groups_start + 1 + u64::from(self.bitmap_blocks)) * BLOCK,
+                per_group: self.domains_per_group,
+                distance: self.group_stride() * BLOCK,
+            },
             plain: self.plain_locks.then_some(doorbells + nodes * nodes * stride),
         }
     }
@@ -126,49 +161,73 @@ impl VolumeLayout {
         }
     }
 
+    /// Blocks from the start of a group to that of the next.
+    pub fn group_stride(&self) -> u64 {
+        self.group_meta() + u64::from(self.group_blocks)
+    }
+
+    /// Blocks at the start of a group that it does not manage: header, bitmaps, lock blocks of its domains.
+    pub fn group_meta(&self) -> u64 {
+        1 + u64::from(self.bitmap_blocks) + blocks_for(u64::from(self.domains_per_group) * u64::from(self.sector_size))
+    }
+
+    fn group_start(&self, group: u32) -> u64 {
+        self.groups_start + u64::from(group) * self.group_stride()
+    }
+
     pub fn group_header(&self, group: u32) -> u64 {
-        self.group_table_start + u64::from(group) * (1 + u64::from(self.bitmap_blocks))
+        self.group_start(group)
     }
 
     pub fn group_bitmap(&self, group: u32, index: u16) -> u64 {
         self.group_header(group) + 1 + u64::from(index)
     }
 
-    /// The blocks a group manages.
+    /// The blocks a group manages, in a volume of this size.
     pub fn group_extent(&self, group: u32) -> Extent {
-        let start = self.groups_start + u64::from(group) * u64::from(self.group_blocks);
+        let start = self.group_start(group) + self.group_meta();
         let end = (start + u64::from(self.group_blocks)).min(self.blocks - 1);
         Extent::new(start, end.saturating_sub(start))
     }
 
-    /// The group that manages a block; `None` for blocks outside the groups.
+    /// The group that manages a block, by its place alone: also one that the volume has only since it grew, unnoticed here. `None` for
+    /// blocks that no group manages.
     pub fn group_of(&self, block: u64) -> Option<u32> {
-        if block < self.groups_start || block >= self.blocks - 1 {
+        let at = block.checked_sub(self.groups_start)?;
+        if at % self.group_stride() < self.group_meta() {
             return None;
         }
-        let g = (block - self.groups_start) / u64::from(self.group_blocks);
-        u32::try_from(g).ok().filter(|g| *g < self.groups)
+        u32::try_from(at / self.group_stride()).ok().filter(|g| *g < self.max_groups)
+    }
+
+    /// ... for programs that have the volume to themselves: only in a volume of this size.
+    pub fn group_within(&self, block: u64) -> Option<u32> {
+        self.group_of(block).filter(|g| *g < self.groups && block < self.blocks - 1)
     }
 
     /// Domain numbers a group hands out: [first, end). Fixed domains lie in group 0's share and are marked used by mkfs.
     pub fn group_domains(&self, group: u32) -> std::ops::Range<u32> {
-        let per = self.domains_per_group();
-        let first = (u64::from(group) * u64::from(per)).min(u64::from(self.domains)) as u32;
-        let end = (u64::from(first) + u64::from(per)).min(u64::from(self.domains)) as u32;
-        first..end
-    }
-
-    pub fn domains_per_group(&self) -> u32 {
-        self.domains.div_ceil(self.groups)
+        let first = group.saturating_mul(self.domains_per_group);
+        first..first.saturating_add(self.domains_per_group)
     }
 
     /// The group whose header has the allocation bit of a domain number.
     pub fn group_of_domain(&self, domain: u32) -> u32 {
-        domain / self.domains_per_group()
+        domain / self.domains_per_group
     }
 
-    /// Size of the backup superblock's block number.
-    pub fn backup_superblock(&self) -> u64 {
-        self.blocks - 1
+    /// Domain numbers that the volume has at this size.
+    pub fn domains(&self) -> u32 {
+        self.groups.saturating_mul(self.domains_per_group)
+    }
+
+    /// Domain numbers that it can have at its largest.
+    pub fn max_domains(&self) -> u32 {
+        self.max_groups.saturating_mul(self.domains_per_group)
+    }
+
+    /// Where the copies of the superblock are: near the start, and in the last block.
+    pub fn superblock_copies(&self) -> [u64; 2] {
+        [NEAR_COPY, self.blocks - 1]
     }
 }

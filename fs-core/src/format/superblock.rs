@@ -1,9 +1,12 @@
-//! The superblock: block 0, and a copy in the last block of the volume.
+//! The superblock: block 0, and copies in block 7 and in the last block of the volume.
+//!
+//! All of it lies in one sector, so that a change of the volume's size happens at once or not. The copies are written before it: what
+//! they say is true whenever it can be read. Of two that differ the one with the higher generation is the newer.
 //!
 //! | offset | bytes | field |
 //! |-------:|------:|-------|
 //! | 0   | 8  | magic `CLUSTRFS` |
-//! | 8   | 4  | format version, 2 |
+//! | 8   | 4  | format version, 3 |
 //! | 12  | 4  | zero |
 //! | 16  | 8  | compatible features: an older program may ignore unknown bits |
 //! | 24  | 8  | incompatible features: an older program must refuse unknown bits |
@@ -16,28 +19,34 @@
 //! | 134 | 2  | bitmap blocks per group |
 //! | 136 | 8  | blocks per journal |
 //! | 144 | 4  | groups |
-//! | 148 | 4  | domains |
+//! | 148 | 4  | domains per group |
 //! | 152 | 4  | blocks per group |
 //! | 156 | 20 | timeouts in ms: heartbeat, lease, queue, minimum hold, doorbell (u32 each) |
 //! | 176 | 32 | key of the hints |
 //! | 208 | 8  | time of creation, seconds since 1970 |
-//! | 216 | 32 | blake3 of bytes 0..216 |
+//! | 216 | 8  | generation: +1 whenever the volume grows |
+//! | 224 | 4  | most groups that the volume can grow to |
+//! | 228 | 12 | zero |
+//! | 240 | 32 | blake3 of bytes 0..240 |
 
+use blockdev::{BlockDevice, IoClass};
 use cluster::{MAX_NODES, Timeouts};
 
 use super::bytes::{FormatError, Reader, Writer};
-use super::layout::VolumeLayout;
+use super::layout::{BLOCK, NEAR_COPY, VolumeLayout};
 
 pub const MAGIC: [u8; 8] = *b"CLUSTRFS";
-/// 1 had no versions in pointers to tree nodes and in group headers.
-pub const VERSION: u32 = 2;
+/// 1 had no versions in pointers to tree nodes and in group headers; in 2 everything's place depended on the volume's size.
+pub const VERSION: u32 = 3;
 /// Incompatible feature: slot and lock blocks are changed without compare-and-write, by way of bids and cells.
 pub const PLAIN_LOCKS: u64 = 1;
 /// Incompatible features this program knows.
 pub const INCOMPAT_KNOWN: u64 = PLAIN_LOCKS;
 /// Read-only-compatible features this program knows.
 pub const RO_COMPAT_KNOWN: u64 = 0;
-const SUMMED: usize = 216;
+const SUMMED: usize = 240;
+/// Before version 3. All that is asked of such a superblock is whether it is one.
+const SUMMED_ONCE: usize = 216;
 const WHAT: &str = "superblock";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,11 +63,14 @@ pub struct Superblock {
     pub bitmap_blocks: u16,
     pub journal_blocks: u64,
     pub groups: u32,
-    pub domains: u32,
+    pub domains_per_group: u32,
     pub group_blocks: u32,
     pub timeouts: Timeouts,
     pub hint_key: [u8; 32],
     pub created: u64,
+    /// Counts how often the volume grew.
+    pub generation: u64,
+    pub max_groups: u32,
 }
 
 /// Why a superblock cannot be used.
@@ -76,6 +88,23 @@ pub enum SuperblockError {
     Older { version: u32 },
     #[error("superblock damaged ({0}): run fsck.clusterfs")]
     Damaged(String),
+}
+
+/// The copy of the superblock with the highest generation that can be read, and its block: in block 7, or in the last of the device, which is
+/// the volume's unless the device was enlarged since.
+pub async fn newest_copy(dev: &dyn BlockDevice) -> Option<(u64, Superblock)> {
+    let last = (dev.geometry().size / BLOCK).checked_sub(1)?;
+    let mut best: Option<(u64, Superblock)> = None;
+    for at in [NEAR_COPY, last] {
+        let Ok(read) = dev.read(IoClass::Meta, at * BLOCK, BLOCK as usize).await else { continue };
+        let Ok(sb) = Superblock::decode(&read) else { continue };
+        // One that is elsewhere, or needs more than there is, is left over from an earlier volume.
+        let its_own = sb.layout().superblock_copies().contains(&at) && sb.blocks - 1 <= last;
+        if its_own && best.as_ref().is_none_or(|(_, b)| sb.generation > b.generation) {
+            best = Some((at, sb));
+        }
+    }
+    best
 }
 
 impl Superblock {
@@ -116,7 +145,7 @@ impl Superblock {
             .u16(self.bitmap_blocks)
             .u64(self.journal_blocks)
             .u32(self.groups)
-            .u32(self.domains)
+            .u32(self.domains_per_group)
             .u32(self.group_blocks)
             .u32(t.heartbeat_ms)
             .u32(t.lease_ms)
@@ -124,7 +153,9 @@ impl Superblock {
             .u32(t.min_hold_ms)
             .u32(t.doorbell_ms)
             .bytes(&self.hint_key)
-            .u64(self.created);
+            .u64(self.created)
+            .u64(self.generation)
+            .u32(self.max_groups);
         let sum = blake3::hash(&block[..SUMMED]);
         block[SUMMED..SUMMED + 32].copy_from_slice(sum.as_bytes());
     }
@@ -133,7 +164,9 @@ impl Superblock {
         if block.len() < SUMMED + 32 || block[..8] != MAGIC {
             return Err(SuperblockError::Absent);
         }
-        if blake3::hash(&block[..SUMMED]).as_bytes()[..] != block[SUMMED..SUMMED + 32] {
+        let once = u32::from_le_bytes([block[8], block[9], block[10], block[11]]) < 3;
+        let summed = if once { SUMMED_ONCE } else { SUMMED };
+        if blake3::hash(&block[..summed]).as_bytes()[..] != block[summed..summed + 32] {
             return Err(SuperblockError::Damaged("checksum mismatch".into()));
         }
         let damaged = |e: FormatError| SuperblockError::Damaged(e.to_string());
@@ -169,7 +202,7 @@ impl Superblock {
             bitmap_blocks: r.u16()?,
             journal_blocks: r.u64()?,
             groups: r.u32()?,
-            domains: r.u32()?,
+            domains_per_group: r.u32()?,
             group_blocks: r.u32()?,
             timeouts: Timeouts {
                 heartbeat_ms: r.u32()?,
@@ -180,6 +213,8 @@ impl Superblock {
             },
             hint_key: r.array()?,
             created: r.u64()?,
+            generation: r.u64()?,
+            max_groups: r.u32()?,
         })
     }
 
@@ -190,8 +225,10 @@ impl Superblock {
             && (1..=64).contains(&self.bitmap_blocks)
             && (256..=1 << 20).contains(&self.journal_blocks)
             && self.groups >= 1
-            && self.domains > u32::from(self.nodes) + 1
-            && self.domains <= 1 << 24
+            && self.groups <= self.max_groups
+            && self.domains_per_group > u32::from(self.nodes) + 1
+            && self.domains_per_group <= super::group::MAX_DOMAINS_PER_GROUP
+            && u64::from(self.domains_per_group) * u64::from(self.max_groups) <= 1 << 24
             && self.group_blocks >= 64
             && u64::from(self.group_blocks) <= u64::from(self.bitmap_blocks) * super::group::BITS_PER_BITMAP
             && self.blocks < 1 << 52
@@ -203,6 +240,9 @@ impl Superblock {
         let l = self.layout();
         if l.end_block() > self.blocks {
             return Err(format!("its areas need {} blocks, the volume has {}", l.end_block(), self.blocks));
+        }
+        if l.groups_in(self.blocks) != self.groups {
+            return Err(format!("{} groups do not fill its {} blocks", self.groups, self.blocks));
         }
         Ok(())
     }
@@ -219,17 +259,19 @@ mod tests {
             ro_compat: 0,
             uuid: [1; 16],
             label: String::new(),
-            blocks: 1 << 20,
+            blocks: 1600,
             sector_size: 512,
             nodes: 2,
             bitmap_blocks: 1,
             journal_blocks: 256,
             groups: 1,
-            domains: 100,
+            domains_per_group: 100,
             group_blocks: 1000,
             timeouts: Timeouts { heartbeat_ms: 1000, lease_ms: 6000, queue_ms: 1000, min_hold_ms: 1, doorbell_ms: 10 },
             hint_key: [0; 32],
             created: 0,
+            generation: 0,
+            max_groups: 4,
         }
     }
 
@@ -248,11 +290,14 @@ mod tests {
             let mut block = [0; 4096];
             superblock().encode(&mut block);
             block[8..12].copy_from_slice(&version.to_le_bytes());
-            let sum = blake3::hash(&block[..SUMMED]);
-            block[SUMMED..SUMMED + 32].copy_from_slice(sum.as_bytes());
+            let summed = if version < 3 { SUMMED_ONCE } else { SUMMED };
+            let sum = blake3::hash(&block[..summed]);
+            block[summed..summed + 32].copy_from_slice(sum.as_bytes());
             Superblock::decode(&block)
         };
+        assert_eq!(with(3), Ok(superblock()));
+        assert_eq!(with(2), Err(SuperblockError::Older { version: 2 }));
         assert_eq!(with(1), Err(SuperblockError::Older { version: 1 }));
-        assert_eq!(with(3), Err(SuperblockError::Newer { version: 3, features: 0 }));
+        assert_eq!(with(4), Err(SuperblockError::Newer { version: 4, features: 0 }));
     }
 }

@@ -268,12 +268,12 @@ impl Txn<'_> {
 
     /// A directory's domain lives until its last inode is gone; some may have moved elsewhere by rename.
     pub async fn drop_domain_if_empty(&mut self, id: u32) -> Result<()> {
-        let fixed = id <= ROOT_DOMAIN || id < FIRST_SLOT_DOMAIN + u32::from(self.vol.layout.nodes);
+        let fixed = id <= ROOT_DOMAIN || id < FIRST_SLOT_DOMAIN + u32::from(self.vol.layout().nodes);
         let header = *self.header(id).await?;
         if fixed || header.inodes > 0 || header.orphans > 0 {
             return Ok(());
         }
-        let group = self.vol.layout.group_of_domain(id);
+        let group = self.vol.layout().group_of_domain(id);
         if !self.hold_group(group) {
             return Err(FsError::NeedGroup(group));
         }

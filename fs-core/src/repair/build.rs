@@ -19,7 +19,7 @@ use crate::check::inode_text;
 use crate::format::domain::DomainHeader;
 use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit, set_bit};
 use crate::format::item::{ExtentItem, Key, Kind, ino};
-use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, VolumeLayout};
+use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, NO_DOMAIN, VolumeLayout};
 use crate::tree::node::{CAPACITY, RawKey, cost, inner_body, leaf_body, rebuild};
 
 /// Tenures and sequence numbers of a lock block that could not be read go on this far beyond what its blocks say (I8).
@@ -288,10 +288,14 @@ pub(super) async fn write(
     for (g, x) in (0..v.layout.groups).zip(&v.groups) {
         let seen = x.bitmaps.iter().chain([&x.header]).flatten();
         let seen = seen.filter_map(|b| BlockHeader::decode(b).ok()).map(|h| h.tenure).max().unwrap_or(0);
+        // Without its lock block nothing is known of how much is free: then whoever looks for space looks here.
         let value = x.lock.as_ref().map(|l| l.value).unwrap_or_default();
         lock(dev, &v.layout, LockId::Group(g), x.lock.as_ref(), &x.lock_sector, value, seen, false, latest, log)
             .await?;
     }
+    let (old, sector) = &v.nobodys_lock;
+    let (id, value) = (LockId::Domain(NO_DOMAIN), LockValue::default());
+    lock(dev, &v.layout, id, old.as_ref(), sector, value, 0, false, latest, log).await?;
     dev.flush(IoClass::Lock).await?;
     bitmaps(dev, v, p, Bits::Last(&united), log).await?;
     Ok(dev.flush(IoClass::Meta).await?)
@@ -388,7 +392,7 @@ async fn bitmaps(
         let domains = v.layout.group_domains(g).len().min(MAX_DOMAINS_PER_GROUP as usize);
         let found = old.header.as_ref().is_some_and(|h| {
             let apart_from_versions =
-                |b: &[u8]| Some(GroupHeader { bitmap_versions: 0, ..GroupHeader::decode(b).ok()? });
+                |b: &[u8]| Some(GroupHeader { bitmap_versions: 0, ..GroupHeader::decode(b).ok()?.grown_to(blocks) });
             apart_from_versions(h) == apart_from_versions(&head)
                 && same_bits(&h[DOMAIN_BITMAP], &head[DOMAIN_BITMAP], domains)
         }) && maps.iter().all(|(i, _, b)| {
@@ -459,7 +463,8 @@ fn group(v: &Loaded, p: &Plan, g: u32, old: &Group, union: bool) -> (Vec<(usize,
         set_bit(&mut head[DOMAIN_BITMAP], i, on);
         free_domains += u32::from(!on);
     }
-    GroupHeader { free_blocks: extent.len - used, free_domains, written_bitmaps: written, bitmap_versions: 0 }
+    let blocks = extent.len as u32;
+    GroupHeader { free_blocks: extent.len - used, free_domains, written_bitmaps: written, bitmap_versions: 0, blocks }
         .encode(&mut head);
     (maps, head)
 }

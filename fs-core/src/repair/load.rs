@@ -19,7 +19,7 @@ use crate::check::{Notify, Progress, survey};
 use crate::format::domain::DomainHeader;
 use crate::format::group::{BITS_PER_BITMAP, DOMAIN_BITMAP, GroupHeader, MAX_DOMAINS_PER_GROUP, bit, check_age};
 use crate::format::item::Key;
-use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, ROOT_DOMAIN, VolumeLayout};
+use crate::format::layout::{BLOCK, FIRST_SLOT_DOMAIN, NO_DOMAIN, ROOT_DOMAIN, VolumeLayout};
 use crate::tree::MAX_LEVELS;
 use crate::tree::node::{Node, RawKey, cooked};
 
@@ -89,6 +89,8 @@ pub(super) struct Loaded {
     pub claimed: Blocks,
     pub links: Links,
     pub groups: Vec<Group>,
+    /// The lock of domain 0, and its sector.
+    pub nobodys_lock: (Option<LockBlock>, Vec<u8>),
     /// `claimed`, and the tree nodes and headers of the domains that are repaired.
     pub meta: Blocks,
     /// What was damaged beyond what the trees can show: each a loss that needs -y.
@@ -98,7 +100,7 @@ pub(super) struct Loaded {
 impl Loaded {
     /// Whether the readable bitmaps say that a block is in use; those that cannot be read say so of all.
     pub fn said_used(&self, block: u64) -> bool {
-        let Some(g) = self.layout.group_of(block) else { return true };
+        let Some(g) = self.layout.group_within(block) else { return true };
         let Some(group) = self.groups.get(g as usize) else { return true };
         let Some(head) = group.header.as_ref().and_then(|h| GroupHeader::decode(h).ok()) else { return true };
         let i = block - self.layout.group_extent(g).start;
@@ -182,6 +184,7 @@ fn empty(layout: VolumeLayout) -> Loaded {
         claimed: Blocks::new(layout),
         links: Links::default(),
         groups: Vec::new(),
+        nobodys_lock: (None, Vec::new()),
         meta: Blocks::new(layout),
         damage: Vec::new(),
     }
@@ -190,6 +193,9 @@ fn empty(layout: VolumeLayout) -> Loaded {
 async fn groups(r: &Reader, v: &mut Loaded) -> Result<(), RepairError> {
     let layout = v.layout;
     let ids: Vec<LockId> = (0..layout.groups).map(LockId::Group).collect();
+    let nobody = LockId::Domain(NO_DOMAIN);
+    let sector = sectors(r, &layout, &[nobody]).await?.pop().unwrap_or_default();
+    v.nobodys_lock = (LockBlock::decode(&sector, layout.volume, nobody).ok(), sector);
     let mut lock_sectors = Vec::new();
     for chunk in ids.chunks(NODES) {
         lock_sectors.extend(sectors(r, &layout, chunk).await?);
@@ -207,7 +213,9 @@ async fn groups(r: &Reader, v: &mut Loaded) -> Result<(), RepairError> {
             r.verify(number, b, LockId::Group(g), kind).ok()?;
             Some(b.clone())
         };
-        let mut header = good(at, BlockKind::GroupHeader);
+        let counts =
+            |b: &Arc<Block>| GroupHeader::decode(b).is_ok_and(|h| u64::from(h.blocks) <= layout.group_extent(g).len);
+        let mut header = good(at, BlockKind::GroupHeader).filter(counts);
         let mut bitmaps: Vec<_> = maps.iter().map(|m| good(*m, BlockKind::GroupBitmap)).collect();
         let mut newest = bitmaps.iter().flatten().map(|b| version(b)).max().unwrap_or(0);
         let mut header_version = header.as_ref().map_or(0, |h| version(h));

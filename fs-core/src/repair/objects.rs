@@ -19,7 +19,7 @@ const FILE_TYPES: [u32; 7] = [1, 2, 4, 6, 8, 10, 12];
 type Items = Vec<(Key, Vec<u8>)>;
 
 pub(super) fn correct(v: &mut Loaded, log: &mut Log) {
-    let domains = u64::from(v.layout.domains);
+    let domains = u64::from(v.layout.domains());
     let slots = FIRST_SLOT_DOMAIN..FIRST_SLOT_DOMAIN + u32::from(v.layout.nodes);
     let layout = v.layout;
     for (id, d) in &mut v.domains {
@@ -48,8 +48,9 @@ pub(super) fn correct(v: &mut Loaded, log: &mut Log) {
         }
         for (local, items) in objects {
             let inside = |e: &ExtentItem| {
-                layout.group_of(e.start).is_some()
-                    && e.start.checked_add(e.len.into()).is_some_and(|x| layout.group_of(x - 1).is_some())
+                let group = layout.group_within(e.start);
+                group.is_some()
+                    && e.start.checked_add(e.len.into()).is_some_and(|x| layout.group_within(x - 1) == group)
             };
             Object { domain: *id, local, d, log }.correct(&items, &inside);
         }

@@ -1,4 +1,4 @@
-//! The superblock and its copy, each written from the other.
+//! The superblock and its copies, each written from the others.
 
 use std::sync::Arc;
 
@@ -6,42 +6,44 @@ use blockdev::{AlignedBuf, BlockDevice, DevError, IoClass};
 
 use super::{Repair, RepairError, repaired};
 use crate::format::layout::BLOCK;
-use crate::format::superblock::{MAGIC, Superblock, SuperblockError};
+use crate::format::superblock::{MAGIC, Superblock, SuperblockError, newest_copy};
 
-/// Writes the superblock from its copy, or the copy from the superblock. With `absent`, a superblock that is all zeros is
-/// written too: the volume may have been destroyed on purpose, so only who asks for that gets it back.
-pub async fn superblock(dev: &Arc<dyn BlockDevice>, absent: bool) -> Result<Option<Repair>, RepairError> {
-    let last = (dev.geometry().size / BLOCK).saturating_sub(1);
+/// Writes the superblock from the newer of its copies, and the copies from the superblock. With `absent`, a superblock that is all
+/// zeros is written too: the volume may have been destroyed on purpose, so only who asks for that gets it back.
+pub async fn superblock(dev: &Arc<dyn BlockDevice>, absent: bool) -> Result<Vec<Repair>, RepairError> {
     let first = dev.read(IoClass::Meta, 0, BLOCK as usize).await?;
-    let found = match Superblock::decode(&first) {
-        Ok(sb) => {
-            let at = sb.layout().backup_superblock();
-            if at > last {
-                // Truncated: there is no place for the copy.
-                return Ok(None);
-            }
-            // A copy that cannot be read is written anew: that is what makes a drive replace a bad sector.
-            let copy = dev.read(IoClass::Meta, at * BLOCK, BLOCK as usize).await;
-            if copy.is_ok_and(|c| Superblock::decode(&c).is_ok_and(|c| c == sb)) {
-                return Ok(None);
-            }
-            write(dev, at, &sb).await?;
-            return Ok(Some(repaired(format!("copy of the superblock, block {at}"), "written from the superblock")));
-        }
+    let mut done = Vec::new();
+    let sb = match Superblock::decode(&first) {
+        Ok(sb) => sb,
         Err(e @ (SuperblockError::Newer { .. } | SuperblockError::Older { .. })) => return Err(e.into()),
-        Err(e) => e,
-    };
-    // Anything else in block 0 is somebody else's.
-    let ours = first[..8] == MAGIC || (absent && first.iter().all(|b| *b == 0));
-    let copy = dev.read(IoClass::Meta, last * BLOCK, BLOCK as usize).await?;
-    match Superblock::decode(&copy) {
-        // A copy of a volume of another size is left over from an earlier one.
-        Ok(sb) if ours && sb.layout().backup_superblock() == last => {
+        Err(found) => {
+            // Anything else in block 0 is somebody else's.
+            let ours = first[..8] == MAGIC || (absent && first.iter().all(|b| *b == 0));
+            let Some((at, sb)) = newest_copy(dev.as_ref()).await.filter(|_| ours) else { return Err(found.into()) };
             write(dev, 0, &sb).await?;
-            Ok(Some(repaired("superblock, block 0".into(), &format!("written from its copy in block {last}"))))
+            done.push(repaired("superblock, block 0".into(), &format!("written from its copy in block {at}")));
+            sb
         }
-        _ => Err(found.into()),
+    };
+    let blocks = dev.geometry().size / BLOCK;
+    // Where it was truncated there is no place for the last.
+    for at in sb.layout().superblock_copies().into_iter().filter(|at| *at < blocks) {
+        // A copy that cannot be read is written anew: that is what makes a drive replace a bad sector.
+        let copy = dev.read(IoClass::Meta, at * BLOCK, BLOCK as usize).await;
+        let copy = copy.ok().and_then(|c| Superblock::decode(&c).ok());
+        if copy.as_ref() == Some(&sb) {
+            continue;
+        }
+        write(dev, at, &sb).await?;
+        let text = match copy {
+            Some(c) if c.uuid == sb.uuid && c.generation > sb.generation => {
+                "written from the superblock: it spoke of a growth that was cut off"
+            }
+            _ => "written from the superblock",
+        };
+        done.push(repaired(format!("copy of the superblock, block {at}"), text));
     }
+    Ok(done)
 }
 
 async fn write(dev: &Arc<dyn BlockDevice>, block: u64, sb: &Superblock) -> Result<(), DevError> {

@@ -4,6 +4,7 @@ mod budgets;
 mod common;
 mod deferred;
 mod discard;
+mod grow;
 mod limits;
 mod locks;
 mod misdirected;

@@ -125,9 +125,9 @@ pub fn fix_checksums(b: &mut [u8]) {
     if b.len() == BLOCK && b.starts_with(b"CLFS") {
         let sum = journal::block::checksum(b);
         b[48..64].copy_from_slice(&sum);
-    } else if b.len() >= 248 && b.starts_with(b"CLUSTRFS") {
-        let sum = hash(&[&b[..216]]);
-        b[216..248].copy_from_slice(&sum);
+    } else if b.len() >= 272 && b.starts_with(b"CLUSTRFS") {
+        let sum = hash(&[&b[..240]]);
+        b[240..272].copy_from_slice(&sum);
     } else if b.len() >= 80 && b.starts_with(b"CLJH") {
         let sum = hash(&[&b[..48]]);
         b[48..80].copy_from_slice(&sum);

@@ -120,7 +120,7 @@ fn other(rng: &mut StdRng, layout: &Layout, me: cluster::NodeId) -> (u16, u32) {
 
 fn lock(rng: &mut StdRng, layout: &Layout) -> (u8, u32) {
     match rng.random() {
-        true => (0, rng.random_range(0..layout.domains.min(40))),
+        true => (0, rng.random_range(0..layout.domains().min(40))),
         false => (1, rng.random_range(0..layout.groups)),
     }
 }

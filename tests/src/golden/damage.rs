@@ -7,6 +7,8 @@ use fs_core::format::item::{Key, Kind, ino_domain, ino_local};
 use super::edit::{BLOCK, Image, add32, add64};
 
 const B: u64 = BLOCK as u64;
+/// By so many bytes a volume was to grow.
+const MORE: usize = 24 << 20;
 
 /// One kind of damage.
 pub struct Case {
@@ -60,14 +62,28 @@ fn records(v: &Image, slot: u16) -> Vec<u64> {
 pub const CASES: &[Case] = &[
     clean("superblock", "a flipped bit in the superblock", |v| v.flip(50)),
     clean("superblock-zeroed", "the superblock is zeros", |v| v.zero(0..B)),
-    clean("superblock-copy", "a flipped bit in the superblock's copy", |v| {
-        v.flip(v.layout().backup_superblock() * B + 50);
+    clean("superblock-near-copy", "a flipped bit in the superblock's copy near the start", |v| {
+        v.flip(v.layout().superblock_copies()[0] * B + 50);
     }),
-    clean("superblock-both", "flipped bits in the superblock and in its copy", |v| {
+    clean("superblock-copy", "a flipped bit in the superblock's copy at the end", |v| {
+        v.flip(v.layout().superblock_copies()[1] * B + 50);
+    }),
+    clean("superblock-both", "flipped bits in the superblock and in its copies", |v| {
         v.flip(50);
-        v.flip(v.layout().backup_superblock() * B + 51);
+        v.layout().superblock_copies().into_iter().for_each(|at| v.flip(at * B + 51));
     }),
-    clean("newer-version", "a format version that does not exist yet", |v| v.superblocks(|b| b[8] = 3)),
+    clean("start-of-the-device-zeroed", "the superblock and its copy near the start are zeros", |v| {
+        let near = v.layout().superblock_copies()[0];
+        v.zero(0..(near + 1) * B);
+    }),
+    clean("growth-cut-off", "the volume was to grow; its superblock was not written any more", |v| {
+        v.growth_cut_off(MORE);
+    }),
+    clean("growth-cut-off-and-superblock", "the volume was to grow; then its superblock was lost", |v| {
+        v.growth_cut_off(MORE);
+        v.flip(50);
+    }),
+    clean("newer-version", "a format version that does not exist yet", |v| v.superblocks(|b| b[8] = 4)),
     clean("older-version", "a format version that is not read any more", |v| v.superblocks(|b| b[8] = 1)),
     clean("feature-incompatible", "an unknown incompatible feature", |v| v.superblocks(|b| b[24] = 1)),
     clean("feature-read-only", "an unknown read-only-compatible feature", |v| v.superblocks(|b| b[32] = 1)),
@@ -95,8 +111,13 @@ pub const CASES: &[Case] = &[
         v.flip(v.lock_block(LockId::Group(0)) + 30);
     }),
     clean("lock-blocks-zeroed", "all lock blocks are zeros", |v| {
-        let l = v.layout();
+        let (l, areas) = (v.layout(), v.layout().cluster());
         v.zero(l.locks_start * B..l.journals_start * B);
+        let len = u64::from(areas.domain_locks.per_group) * areas.stride;
+        for g in 0..l.groups {
+            let at = areas.domain_locks.first + u64::from(g) * areas.domain_locks.distance;
+            v.zero(at..at + len);
+        }
     }),
     clean("lock-holder", "a lock block that names a life that its slot has not had", |v| {
         let at = v.lock_block(LockId::Domain(mailbox(v)));
@@ -112,9 +133,15 @@ pub const CASES: &[Case] = &[
     }),
     clean("group-header", "a flipped bit in a group's header", |v| v.flip(v.layout().group_header(0) * B + 100)),
     clean("group-bitmap", "a flipped bit in a group's bitmap", |v| v.flip(v.layout().group_bitmap(0, 0) * B + 100)),
-    clean("group-table-zeroed", "headers and bitmaps of all groups are zeros", |v| {
+    clean("group-headers-zeroed", "headers and bitmaps of all groups are zeros", |v| {
         let l = v.layout();
-        v.zero(l.group_table_start * B..l.groups_start * B);
+        for g in 0..l.groups {
+            v.zero(l.group_header(g) * B..l.group_bitmap(g, l.bitmap_blocks) * B);
+        }
+    }),
+    clean("start-of-a-group-zeroed", "header, bitmap and lock blocks of the first group are zeros", |v| {
+        let at = v.layout().group_header(0) * B;
+        v.zero(at..at + v.layout().group_meta() * B);
     }),
     clean("blocks-leaked", "blocks marked as in use that nothing refers to", |v| {
         let map = v.layout().group_bitmap(0, 0);
@@ -251,8 +278,8 @@ pub const CASES: &[Case] = &[
         let at = v.layout().journal(2).offset;
         v.zero(at..at + 2 * B);
     }),
-    clean("a-megabyte-zeroed", "the first megabyte of the groups is zeros", |v| {
-        let at = v.layout().groups_start * B;
+    clean("a-megabyte-zeroed", "the first megabyte of a group's contents is zeros", |v| {
+        let at = v.layout().group_extent(0).start * B;
         v.zero(at..at + (1 << 20));
     }),
 ];

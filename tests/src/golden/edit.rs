@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use cluster::{LockId, LockValue};
+use fs_core::format::group::fresh_header;
 use fs_core::format::item::{Key, Kind, ino_domain, ino_local, name_cookie};
 use fs_core::format::layout::VolumeLayout;
 use fs_core::format::superblock::Superblock;
@@ -67,14 +69,39 @@ impl Image {
         self.block(number, |b| add32(b, 28, -changes));
     }
 
-    /// Changes both copies of the superblock, and their checksums.
+    /// Changes the superblock and its copies, and their checksums.
     pub fn superblocks(&mut self, change: impl Fn(&mut [u8])) {
-        let last = self.layout().backup_superblock() as usize;
-        for n in [0, last] {
-            let b = &mut self.bytes[n * BLOCK..][..BLOCK];
+        for n in std::iter::once(0).chain(self.layout().superblock_copies()) {
+            let b = &mut self.bytes[n as usize * BLOCK..][..BLOCK];
             change(b);
-            let sum = blake3::hash(&b[..216]);
-            b[216..248].copy_from_slice(sum.as_bytes());
+            // Where it was before version 3.
+            let summed = if b[8] < 3 { 216 } else { 240 };
+            let sum = blake3::hash(&b[..summed]);
+            b[summed..summed + 32].copy_from_slice(sum.as_bytes());
+        }
+    }
+
+    /// What a growth that was cut off before its last write leaves: a larger device, new groups, and copies of the superblock that know of them.
+    pub fn growth_cut_off(&mut self, more: usize) {
+        let sb = Superblock::decode(&self.bytes[..BLOCK]).expect("a superblock");
+        self.bytes.resize(self.bytes.len() + more, 0);
+        let blocks = (self.bytes.len() / BLOCK) as u64;
+        let layout = sb.layout().with_blocks(blocks);
+        for g in sb.groups..layout.groups {
+            let at = layout.group_header(g) as usize * BLOCK;
+            self.bytes[at..at + BLOCK].copy_from_slice(&fresh_header(&layout, g));
+            let len = layout.group_extent(g).len;
+            let value = LockValue { root: len, next_local: len, version: 0 };
+            let areas = layout.cluster();
+            let lock = cluster::initial_lock_block(&areas, LockId::Group(g), value);
+            let at = areas.lock_block(LockId::Group(g)).expect("a lock of the volume") as usize;
+            self.bytes[at..at + lock.len()].copy_from_slice(&lock);
+        }
+        let new = Superblock { blocks, groups: layout.groups, generation: sb.generation + 1, ..sb };
+        for n in layout.superblock_copies() {
+            let b = &mut self.bytes[n as usize * BLOCK..][..BLOCK];
+            b.fill(0);
+            new.encode(b);
         }
     }
 

@@ -6,6 +6,7 @@
 //! put OFFSET HEX
 //! zero OFFSET LENGTH
 //! truncate LENGTH
+//! extend LENGTH
 //! ```
 
 /// Runs of bytes that differ are joined over gaps of equal ones up to this long.
@@ -25,12 +26,22 @@ enum Step {
     Put(usize, Vec<u8>),
     Zero(usize, usize),
     Truncate(usize),
+    /// To this length, with zeros.
+    Extend(usize),
 }
 
 impl Patch {
-    /// What turns `old`, the volume `base`, into `new`, which is not longer.
+    /// What turns `old`, the volume `base`, into `new`.
     pub fn between(title: &str, base: &str, old: &[u8], new: &[u8]) -> Self {
         let mut steps = Vec::new();
+        let mut extended = Vec::new();
+        let mut old = old;
+        if new.len() > old.len() {
+            extended.extend_from_slice(old);
+            extended.resize(new.len(), 0);
+            old = &extended;
+            steps.push(Step::Extend(new.len()));
+        }
         let same = old.len().min(new.len());
         let mut at = 0;
         while let Some(start) = (at..same).find(|i| old[*i] != new[*i]) {
@@ -56,6 +67,7 @@ impl Patch {
                 Step::Put(at, b) => bytes[*at..at + b.len()].copy_from_slice(b),
                 Step::Zero(at, len) => bytes[*at..at + len].fill(0),
                 Step::Truncate(len) => bytes.truncate(*len),
+                Step::Extend(len) => bytes.resize(*len, 0),
             }
         }
     }
@@ -67,6 +79,7 @@ impl Patch {
                 Step::Put(at, b) => format!("put {at} {}", b.iter().map(|x| format!("{x:02x}")).collect::<String>()),
                 Step::Zero(at, len) => format!("zero {at} {len}"),
                 Step::Truncate(len) => format!("truncate {len}"),
+                Step::Extend(len) => format!("extend {len}"),
             };
             out.push_str(&line);
             out.push('\n');
@@ -85,6 +98,7 @@ impl Patch {
                 ["put", at, hex] => Step::Put(at.parse().ok()?, from_hex(hex)?),
                 ["zero", at, len] => Step::Zero(at.parse().ok()?, len.parse().ok()?),
                 ["truncate", len] => Step::Truncate(len.parse().ok()?),
+                ["extend", len] => Step::Extend(len.parse().ok()?),
                 _ => return None,
             });
         }

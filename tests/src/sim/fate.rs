@@ -17,6 +17,7 @@ use super::bulk::{Bulk, Kind};
 use super::client::{Client, DIR, WHO};
 use super::device;
 use super::emptying;
+use super::growing;
 use super::lies;
 use super::locker::{Locked, Locker};
 use super::mail::{Mail, Mailer};
@@ -100,6 +101,9 @@ async fn whole(world: &Arc<World>) -> Outcome<()> {
     }
     for i in 0..world.setup.openers {
         mailers.spawn(Opener::new(world.clone(), opened.clone(), i).live());
+    }
+    if world.setup.grows {
+        mailers.spawn(growing::live(world.clone()));
     }
     accidents(world, &mut rng).await?;
     world.over.store(true, std::sync::atomic::Ordering::Relaxed);

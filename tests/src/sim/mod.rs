@@ -21,6 +21,7 @@ mod client;
 mod device;
 mod emptying;
 mod fate;
+mod growing;
 mod host;
 pub mod kept;
 mod lies;

@@ -70,6 +70,8 @@ pub struct Setup {
     pub emptied: bool,
     /// At the end the device loses writes of metadata.
     pub lies: bool,
+    /// The device is enlarged, and the volume grows.
+    pub grows: bool,
 }
 
 impl Setup {
@@ -117,6 +119,7 @@ impl Setup {
             discard: seed.is_multiple_of(3),
             emptied: rng.random_bool(0.4),
             lies: false,
+            grows: false,
         };
         match rng.random_range(0..100) {
             0..8 => s.fills_up(&mut rng),
@@ -124,6 +127,8 @@ impl Setup {
             _ => {}
         }
         s.lies = !s.emptied && rng.random_bool(0.3);
+        // Who grows it takes a slot, which a host that comes back must not miss.
+        s.grows = s.hosts <= 2 && !s.emptied && !s.errors;
         s
     }
 
@@ -185,7 +190,7 @@ impl Setup {
         self.made().layout
     }
 
-    /// Where the group table begins, in bytes.
+    /// Where the groups begin, in bytes.
     pub fn places(&self) -> u64 {
         self.made().places
     }
@@ -214,7 +219,7 @@ fn timeouts(queue: Duration) -> Timeouts {
 struct Made {
     image: Arc<SimImage>,
     layout: cluster::Layout,
-    /// Where the group table begins, in bytes.
+    /// Where the groups begin, in bytes.
     places: u64,
     free_blocks: u64,
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use blockdev::sim::{Audit, Change};
 use cluster::{Layout, LockBlock, LockId, NodeId, SlotBlock, Tenure};
 use fs_core::format::layout::BLOCK;
-use journal::block::BlockHeader;
+use journal::block::{BlockHeader, BlockKind};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -15,7 +15,7 @@ pub struct Witness {
     lease: Duration,
     /// Until when each node may write, by its heartbeats that arrived.
     leases: Mutex<BTreeMap<String, Instant>>,
-    /// Where the group table begins: metadata in their places are from here on.
+    /// Where the groups begin: metadata in their places are from here on.
     places: u64,
     /// Of each lock that has been taken: its tenure, and who holds it exclusively.
     locks: Mutex<BTreeMap<LockId, (Tenure, Option<NodeId>)>>,
@@ -26,22 +26,17 @@ impl Witness {
         Self { layout, lease, leases: Mutex::default(), places, locks: Mutex::default() }
     }
 
-    fn lock_at(&self, offset: u64) -> LockId {
-        let index = ((offset - self.layout.locks) / self.layout.stride) as u32;
-        match index.checked_sub(self.layout.groups) {
-            None => LockId::Group(index),
-            Some(domain) => LockId::Domain(domain),
-        }
-    }
-
     /// A metadata block goes to its place while its lock is held exclusively in the tenure in which it changed, by who changed it or by
     /// one that ended and is not over yet (I3, I4, I5); and what is there is not newer (I8).
     fn placed(&self, node: &str, block: &[u8], at: u64, old: &[u8]) -> Result<(), String> {
         let own = |h: &BlockHeader| h.volume == self.layout.volume && h.block * BLOCK == at;
         let Some(h) = BlockHeader::decode(block).ok().filter(own) else { return Ok(()) };
         let (number, owner) = (h.block, h.owner);
+        // Headers of groups that the volume does not have yet: it is about to grow.
+        let fresh = h.kind == BlockKind::GroupHeader && (h.tenure, h.record) == (0, 0);
         match self.locks.lock().get(&owner) {
             Some((tenure, Some(_))) if *tenure == h.tenure => {}
+            None if fresh => {}
             is => {
                 let was = format!("I3: {node} places block {number} of {owner}, changed in tenure {}", h.tenure);
                 return Err(format!("{was}; the lock's tenure and exclusive holder are {is:?}"));
@@ -67,8 +62,16 @@ impl Witness {
         self.layout.plain.is_some_and(|at| (at..at + records).contains(&offset))
     }
 
-    fn end_of_locks(&self) -> u64 {
-        self.layout.locks + (u64::from(self.layout.groups) + u64::from(self.layout.domains)) * self.layout.stride
+    /// The first lock block of a group that has never been used, of a volume that is about to grow: nobody knows of it yet.
+    fn of_new_groups(&self, c: &Change<'_>) -> bool {
+        let sector = self.layout.stride as usize;
+        (c.offset..).step_by(sector).zip(c.new.chunks(sector)).all(|(at, new)| match self.layout.lock_at(at) {
+            Some(id @ LockId::Group(_)) => {
+                let first = LockBlock::decode(new, self.layout.volume, id).is_ok_and(|b| b.seq == 1 && b.tenure == 0);
+                first && !self.locks.lock().contains_key(&id)
+            }
+            _ => false,
+        })
     }
 
     /// The sequence numbers of a slot or lock block before and after a change, of which note is taken. `None`: it has never been used.
@@ -79,7 +82,7 @@ impl Witness {
             let of = |b: &[u8]| SlotBlock::decode(b, l.volume, slot).map(|b| b.seq);
             return Ok((of(old).ok(), of(new).map_err(|e| format!("slot {slot}: {e}"))?));
         }
-        let id = self.lock_at(offset);
+        let Some(id) = l.lock_at(offset) else { return Err(format!("no lock at {offset}")) };
         let of = |b: &[u8]| LockBlock::decode(b, l.volume, id);
         let (old, new) = (of(old).ok(), of(new).map_err(|e| format!("{id}: {e}"))?);
         self.locks.lock().insert(id, (new.tenure, new.exclusive_holder()));
@@ -111,7 +114,8 @@ impl Audit for Witness {
             return Ok(());
         }
         // Of changes of lock blocks that fail half way nothing is told: without compare-and-write there are such.
-        if c.offset >= self.places && c.offset.is_multiple_of(BLOCK) && self.layout.plain.is_none() {
+        let lock = self.layout.lock_at(c.offset).is_some();
+        if c.offset >= self.places && !lock && c.offset.is_multiple_of(BLOCK) && self.layout.plain.is_none() {
             let blocks = c.new.chunks(BLOCK as usize).zip(old.chunks(BLOCK as usize));
             return (0..)
                 .zip(blocks)
@@ -120,7 +124,11 @@ impl Audit for Witness {
         let l = &self.layout;
         let end = c.offset + c.new.len().max(1) as u64;
         let shared = |from: u64, to: u64| c.offset < to && from < end;
-        if !shared(l.slots, l.heartbeats) && !shared(l.locks, self.end_of_locks()) {
+        let locks = l.lock_at(c.offset).is_some() || l.lock_at(end - 1).is_some();
+        if !shared(l.slots, l.heartbeats) && !locks {
+            return Ok(());
+        }
+        if !c.compared && self.of_new_groups(c) {
             return Ok(());
         }
         // Without compare-and-write, that each change follows the one before is all that can be seen.
@@ -139,6 +147,7 @@ impl Audit for Witness {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cluster::DomainLocks;
 
     fn witness() -> Witness {
         let layout = Layout {
@@ -150,7 +159,7 @@ mod tests {
             doorbells: 6144,
             locks: 8192,
             groups: 2,
-            domains: 4,
+            domain_locks: DomainLocks { first: 8192 + 2 * 512, per_group: 2, distance: 2 * 512 },
             plain: None,
         };
         Witness::new(layout, 1 << 20, Duration::from_secs(6))

@@ -120,15 +120,17 @@ impl Image {
             bitmap_blocks: 1,
             journal_blocks: 256,
             groups: 2,
-            domains: 64,
+            domains_per_group: 32,
             group_blocks: 800,
             timeouts: Timeouts::default(),
             hint_key: [1; 32],
             created: 0,
+            generation: 0,
+            max_groups: 4,
         };
-        let start = sb.layout().groups_start;
         // The second group is a short one.
-        let sb = Superblock { blocks: start + 800 + 300, ..sb };
+        let sb = Superblock { blocks: sb.layout().group_header(1) + sb.layout().group_meta() + 300, ..sb };
+        let start = sb.layout().group_extent(0).start;
         Self {
             sb,
             domains: BTreeMap::new(),
@@ -256,7 +258,9 @@ impl Image {
         let mut b = vec![0; 4096];
         self.sb.encode(&mut b);
         disk.write_raw(0, &b);
-        disk.write_raw(l.backup_superblock() * 4096, &b);
+        for at in l.superblock_copies() {
+            disk.write_raw(at * 4096, &b);
+        }
         let c = l.cluster();
         for s in 0..self.sb.nodes {
             disk.write_raw(c.slot_block(s), &initial_slot_block(&c, s));
@@ -299,7 +303,7 @@ impl Image {
             disk.write_raw(c.lock_block(id).unwrap(), &lock);
             self.render_group(&disk, g, &in_use);
         }
-        for d in 1..BOX + 1 {
+        for d in 0..BOX + 1 {
             let root = self.domains.get(&d).filter(|_| !self.no_root.contains(&d)).map_or(0, |d| d.header_block);
             let id = LockId::Domain(d);
             let mut lock = LockBlock::unheld(c.volume, id, LockValue { root, next_local: 0, version: 0 });
@@ -339,6 +343,7 @@ impl Image {
             free_domains: free_domains + self.free_domains_off * u32::from(g == 0),
             written_bitmaps: u64::from(used > 0),
             bitmap_versions: self.bitmap_versions,
+            blocks: extent.len as u32,
         };
         h.encode(&mut head);
         put(disk, l.group_header(g), head);
