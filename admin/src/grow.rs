@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockdev::iscsi::Settings;
-use blockdev::open::{User, is_iscsi};
+use blockdev::open::{User, has_sectors_of_its_own};
 use blockdev::{BlockDevice, IoClass};
 use fs_core::format::layout::BLOCK;
 use fs_core::format::superblock::Superblock;
@@ -31,7 +31,7 @@ async fn open(path: &Path) -> std::result::Result<Arc<dyn BlockDevice>, Error> {
     let settings = Settings::default();
     let dev = blockdev::open::open(path, User::Node, None, &settings).await?;
     let sb = Superblock::decode(&dev.read(IoClass::Meta, 0, BLOCK as usize).await?)?;
-    if sb.sector_size == dev.geometry().sector_size || is_iscsi(path) {
+    if sb.sector_size == dev.geometry().sector_size || has_sectors_of_its_own(dev.as_ref()) {
         return Ok(dev);
     }
     Ok(blockdev::open::open(path, User::Node, Some(sb.sector_size), &settings).await?)

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockdev::iscsi::Settings;
-use blockdev::open::{User, is_iscsi};
+use blockdev::open::{User, has_sectors_of_its_own};
 use blockdev::{BlockDevice, IoClass};
 use fs_core::format::layout::BLOCK;
 use fs_core::format::superblock::{Superblock, SuperblockError, newest_copy};
@@ -37,7 +37,7 @@ pub async fn open(path: &Path) -> Result<Volume, Error> {
             None => return Err(located(path, &e)),
         },
     };
-    let dev = if superblock.sector_size == dev.geometry().sector_size || is_iscsi(path) {
+    let dev = if superblock.sector_size == dev.geometry().sector_size || has_sectors_of_its_own(dev.as_ref()) {
         dev
     } else {
         blockdev::open::open(path, User::Reader, Some(superblock.sector_size), &Settings::default()).await?

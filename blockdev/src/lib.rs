@@ -1,19 +1,21 @@
 //! The shared device that every node of a volume reads and writes.
 //!
-//! One trait, [`BlockDevice`], hides what is below: an image file ([`image`]), a disk on an iSCSI target ([`iscsi`]) or the
-//! simulated device of the tests ([`sim`]); [`open`] opens what a user names. Offsets and lengths are in bytes and multiples of [`Geometry::sector_size`]. The trait promises
-//! only what a SCSI disk promises: a write is atomic per sector, unordered and volatile until [`BlockDevice::flush`]
+//! One trait, [`BlockDevice`], hides what is below: an image file ([`image`]), a disk on an iSCSI target ([`iscsi`]), a SCSI disk of the
+//! host's kernel ([`kernel`]) or the simulated device of the tests ([`sim`]); [`open`] opens what a user names. Offsets and lengths
+//! are in bytes and multiples of [`Geometry::sector_size`]. The trait promises only what a SCSI disk promises: a write is atomic per sector, unordered and volatile until [`BlockDevice::flush`]
 //! returns, and compare-and-write of one sector is atomic against other compare-and-writes (not against plain writes,
 //! hence I10). After [`DevError::Unknown`] the outcome must be read back before anything is decided (I9).
 
 mod buf;
 pub mod image;
 pub mod iscsi;
+mod kernel;
 pub mod open;
 mod range;
 mod scsi;
 pub mod sim;
 mod stats;
+mod sys;
 
 use std::sync::Arc;
 
@@ -57,6 +59,8 @@ pub struct Geometry {
     /// Whether completed writes may be lost before a flush.
     pub write_cache: bool,
     pub fencing: FencingKind,
+    /// Other hosts may reach it, and [`BlockDevice::presence`] does not see their nodes: what it calls gone may live.
+    pub others_unseen: bool,
 }
 
 /// Who may write: one mount. `slot` < number of nodes; `incarnation` as in the slot block.
@@ -156,9 +160,7 @@ pub trait BlockDevice: Send + Sync + 'static {
     fn geometry(&self) -> Geometry;
 
     /// Asks again how large the device is: it may have been enlarged. So does every operation by itself that lies beyond the end.
-    async fn look_at_size(&self) -> Result<Geometry> {
-        Ok(self.geometry())
-    }
+    async fn look_at_size(&self) -> Result<Geometry>;
 
     /// Reads consecutive buffers of `lens` bytes each from `offset` in one device operation.
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>>;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::image::{ImageFile, OpenError, OpenMode};
 use crate::scsi::reservation::TOOL;
-use crate::{BlockDevice, DevError, FenceKey, FencingKind, iscsi};
+use crate::{BlockDevice, DevError, FenceKey, FencingKind, iscsi, kernel};
 
 /// The slot in the keys of programs that are no node.
 pub const TOOL_SLOT: u16 = TOOL;
@@ -17,6 +17,8 @@ pub enum User {
     Node,
     /// mkfs, fsck: may write also where the device is reserved for nodes (dead ones; they check that none lives).
     Tool,
+    /// A further connection of who has it open as a node already, and has registered.
+    BesideNode,
     /// Only reads.
     Reader,
 }
@@ -26,7 +28,7 @@ pub enum NameError {
     #[error(transparent)]
     File(#[from] OpenError),
     #[error("{name}: {why}")]
-    Iscsi { name: String, why: String },
+    Scsi { name: String, why: String },
     #[error("{name}: {source}")]
     Device { name: String, source: DevError },
 }
@@ -44,20 +46,34 @@ pub async fn open(
     settings: &iscsi::Settings,
 ) -> Result<Arc<dyn BlockDevice>, NameError> {
     let mode = if user == User::Reader { OpenMode::ReadOnly } else { OpenMode::ReadWrite };
-    let Some(url) = name.to_str().filter(|n| n.starts_with(iscsi::SCHEME)) else {
-        return Ok(match sector_size {
-            Some(size) => ImageFile::open_with_sector_size(name, mode, size)?,
-            None => ImageFile::open(name, mode)?,
-        });
+    let failed = |why| NameError::Scsi { name: name.display().to_string(), why };
+    let disk: Arc<dyn BlockDevice> = match name.to_str().filter(|n| n.starts_with(iscsi::SCHEME)) {
+        Some(url) => {
+            let disk = iscsi::open(url, mode, settings).await.map_err(failed)?;
+            if user != User::Reader {
+                disk.check_for_nodes().map_err(|e| failed(e.to_string()))?;
+            }
+            disk
+        }
+        None => match kernel::open(name, user, mode).await.map_err(failed)? {
+            Some(disk) => disk,
+            None => {
+                return Ok(match sector_size {
+                    Some(size) => ImageFile::open_with_sector_size(name, mode, size)?,
+                    None => ImageFile::open(name, mode)?,
+                });
+            }
+        },
     };
-    let failed = |why| NameError::Iscsi { name: url.to_string(), why };
-    let disk = iscsi::open(url, mode, settings).await.map_err(failed)?;
-    if user != User::Reader {
-        disk.check_for_nodes().map_err(|e| failed(e.to_string()))?;
-    }
     if user == User::Tool && disk.geometry().fencing == FencingKind::Reservations {
         let key = FenceKey { slot: TOOL, incarnation: rand::random() };
-        disk.register(key).await.map_err(|source| NameError::Device { name: url.to_string(), source })?;
+        let registered = disk.register(key).await;
+        registered.map_err(|source| NameError::Device { name: name.display().to_string(), source })?;
     }
     Ok(disk)
+}
+
+/// Whether the size of its sectors is the device's own, whatever the volume on it was made with.
+pub fn has_sectors_of_its_own(dev: &dyn BlockDevice) -> bool {
+    dev.abilities().is_some()
 }

@@ -30,7 +30,13 @@ mod tests {
 
     #[test]
     fn whole_sectors_inside_the_device_only() {
-        let g = Geometry { sector_size: 512, size: 4096, write_cache: true, fencing: FencingKind::None };
+        let g = Geometry {
+            sector_size: 512,
+            size: 4096,
+            write_cache: true,
+            fencing: FencingKind::None,
+            others_unseen: false,
+        };
         assert_eq!(check("read", &g, 512, [512, 1024]).unwrap(), 1536);
         assert_eq!(check("read", &g, 0, [4096]).unwrap(), 4096);
         for (offset, lens) in [

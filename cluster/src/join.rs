@@ -23,7 +23,7 @@ use crate::table::SlotTable;
 use crate::transitions::{self, next_life};
 use crate::watch::{Round, Verdict, Watches};
 use crate::watched::Watched;
-use crate::{ClusterError, JoinConfig, MAX_NODES, NodeId, Result};
+use crate::{ClusterError, JoinConfig, MAX_NODES, NodeId, Result, one_host};
 
 /// How an attempt at one slot ended.
 enum Attempt {
@@ -44,6 +44,7 @@ pub(crate) async fn join(cfg: JoinConfig) -> Result<Arc<Shared>> {
     let plain = layout.plain.map(|at| PlainLocks::new(cfg.device.clone(), layout, at, timeouts, rng.next_u64()));
     let device = plain.clone().map_or_else(|| cfg.device.clone(), |p| Arc::new(p));
     let mut joiner = Joiner { rng, cfg: JoinConfig { device, ..cfg }, plain };
+    one_host::refuse_others(&*joiner.cfg.device, &layout, &timeouts).await?;
     let mut watches = Watches::default();
     let end = Instant::now() + timeouts.dead_unfenced() + 2 * timeouts.dead_after();
     loop {
@@ -69,6 +70,7 @@ pub(crate) async fn join(cfg: JoinConfig) -> Result<Arc<Shared>> {
                     return Err(ClusterError::Claimed { slot: block.slot, host: block.host_name.clone() });
                 }
                 Verdict::Alive => {}
+                Verdict::Elsewhere => return Err(ClusterError::OtherHost { host: block.host_name.clone() }),
                 Verdict::Undecided => undecided = true,
                 Verdict::Dead => {
                     if let (Some(plain), Some(writer)) = (&joiner.plain, block.writer()) {
@@ -214,10 +216,38 @@ impl Joiner {
         }
     }
 
+    /// On a device that keeps no hosts apart: whether no other host joined while we did.
+    async fn prove_alone(&self, dev: &Guarded, pulse: &mut Pulse, block: &SlotBlock, round: &Round) -> Result<()> {
+        if !one_host::applies(dev) || one_host::others_of_this_host(dev, round, pulse.node).await? {
+            return Ok(());
+        }
+        let (node, nonce) = (pulse.node, pulse.nonce);
+        tokio::select! {
+            biased;
+            why = pulse.run() => {
+                tracing::warn!(%node, "joining: {why}");
+                Err(ClusterError::Lapsed)
+            }
+            proved = one_host::prove_alone(dev, &self.cfg.layout, &self.cfg.timeouts, block, nonce) => proved,
+        }
+    }
+
     async fn finish(&mut self, won: (Arc<Guarded>, Pulse, SlotBlock), round: &Round) -> Result<Arc<Shared>> {
         let (dev, mut pulse, block) = won;
         // I8 across a power loss of the device: no record of this life may be durable before the block that starts it.
         dev.flush(IoClass::Lock).await?;
+        if let Err(e) = self.prove_alone(&dev, &mut pulse, &block, round).await {
+            let free = transitions::left(&block, pulse.node, self.rng.next_u64());
+            if let Some(free) = free {
+                let pause = self.cfg.timeouts.doorbell();
+                if let Err(e) = change_slot(&*dev, &self.cfg.layout, &block, &free, pause).await {
+                    tracing::warn!(node = %pulse.node, "the slot could not be given back: {e}");
+                }
+            }
+            pulse.lease.end();
+            self.cfg.device.unregister().await?;
+            return Err(e);
+        }
         self.cfg.recoverer.attach(dev.clone());
         let mut table = SlotTable::default();
         for other in round.slots.iter().flatten() {

@@ -18,6 +18,7 @@ mod locks;
 mod model;
 mod monitor;
 mod node;
+mod one_host;
 mod plain;
 mod rebuild;
 mod recovery;
@@ -49,7 +50,7 @@ pub use stats::LockStats;
 pub use table::{Life, SlotTable};
 pub use timeouts::Timeouts;
 pub use types::*;
-pub use watch::{SlotInfo, foreign_node, read_slots};
+pub use watch::{SlotInfo, read_slots};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ClusterError {
@@ -65,6 +66,12 @@ pub enum ClusterError {
     InUse { slot: Slot, host: String },
     #[error("the volume is being repaired by {host} (slot {slot}): mount it when that is done")]
     Claimed { slot: Slot, host: String },
+    #[error(
+        "{} has it mounted, or another host: this kind of device cannot keep hosts apart (see docs/SAN.md). Name an iSCSI disk as \
+         iscsi://HOST/TARGET/LUN, make the volume with mkfs.clusterfs --locks=plain, or use one host",
+        if host.is_empty() { "a host without a name" } else { host.as_str() }
+    )]
+    OtherHost { host: String },
     #[error("the volume has no {0}")]
     NoSuchLock(LockId),
     #[error("this node lost its lease and is no longer a member of the volume")]

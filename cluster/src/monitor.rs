@@ -103,7 +103,12 @@ async fn eligible(shared: &Arc<Shared>, watches: &mut Watches, block: &SlotBlock
         Care::Recover => true,
         Care::Judge => {
             let dev: &dyn BlockDevice = &*shared.dev;
-            let dead = watches.judge(dev, &shared.timeouts, block, round, None).await == Verdict::Dead;
+            let verdict = watches.judge(dev, &shared.timeouts, block, round, None).await;
+            if verdict == Verdict::Elsewhere {
+                let host = &block.host_name;
+                shared.lapse(&format!("another host ({host}) uses the device, and nothing keeps hosts apart on it"));
+            }
+            let dead = verdict == Verdict::Dead;
             if let (true, Some(plain), Some(writer)) = (dead, &shared.plain, block.writer()) {
                 plain.found_dead(writer);
             }

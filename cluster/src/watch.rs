@@ -5,12 +5,14 @@
 //! declared dead on evidence gathered while our own I/O stalled.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use blockdev::{AlignedBuf, BlockDevice, DevError, FenceKey, Fenced, FencingKind, Presence};
 use tokio::time::{Duration, Instant};
 
 use crate::format::{Heartbeat, SlotBlock};
 use crate::node::{decode_slot, read_table};
+use crate::one_host::Unseen;
 use crate::{ClusterError, Layout, NodeId, Result, Slot, Timeouts, transitions};
 
 /// All slot blocks and heartbeats, read one after the other.
@@ -54,6 +56,8 @@ pub(crate) enum Verdict {
     Undecided,
     /// It cannot write any more: it may be taken over.
     Dead,
+    /// It beats, and its process is none of this host's, on a device that keeps no hosts apart.
+    Elsewhere,
 }
 
 struct Window {
@@ -68,12 +72,14 @@ struct Window {
 #[derive(Default)]
 pub(crate) struct Watches {
     windows: BTreeMap<Slot, Window>,
+    unseen: BTreeMap<Slot, Unseen>,
     last: Option<Instant>,
 }
 
 impl Watches {
     pub fn restart(&mut self) {
         self.windows.clear();
+        self.unseen.clear();
         self.last = None;
     }
 
@@ -91,6 +97,7 @@ impl Watches {
 
     pub fn forget(&mut self, slot: Slot) {
         self.windows.remove(&slot);
+        self.unseen.remove(&slot);
     }
 
     /// How long the slot has shown no life, up to the start of this round.
@@ -121,11 +128,21 @@ impl Watches {
         let mut present = false;
         if dev.geometry().fencing == FencingKind::ProcessLock {
             match dev.presence(writer.fence_key()).await {
+                Ok(Presence::Gone) if dev.geometry().others_unseen => {
+                    return match self.unseen.entry(block.slot) {
+                        Entry::Occupied(mut known) => known.get_mut().judge(writer, round, timeouts),
+                        Entry::Vacant(new) => {
+                            new.insert(Unseen::new(writer));
+                            Verdict::Undecided
+                        }
+                    };
+                }
                 Ok(Presence::Gone) => return Verdict::Dead,
                 Ok(Presence::Present) => present = true,
                 Ok(Presence::Unknown) => {}
                 Err(e) => tracing::warn!(node = %writer, "presence: {e}"),
             }
+            self.unseen.remove(&block.slot);
         }
         let window = self.unchanged(block, round);
         let unchanged = round.started.saturating_duration_since(window.since);
@@ -179,6 +196,7 @@ async fn present(dev: &dyn BlockDevice, layout: &Layout, node: NodeId) -> Result
         return Ok(None);
     }
     Ok(match dev.presence(node.fence_key()).await? {
+        Presence::Gone if dev.geometry().others_unseen => None,
         Presence::Gone => Some(false),
         Presence::Present if dev.geometry().fencing == FencingKind::ProcessLock => Some(true),
         Presence::Present | Presence::Unknown => None,
@@ -224,33 +242,4 @@ pub async fn read_slots(dev: &dyn BlockDevice, layout: &Layout, watch: Duration)
         }
     }
     Ok(infos)
-}
-
-/// On a device whose nodes are known by their processes on this host: the host of a node that is not one of them, which its
-/// heartbeat shows to live. What such a device says of it (`Gone`) is wrong, and nothing keeps two hosts apart on it.
-pub async fn foreign_node(dev: &dyn BlockDevice, layout: &Layout, watch: Duration) -> Result<Option<String>> {
-    if dev.geometry().fencing != FencingKind::ProcessLock {
-        return Ok(None);
-    }
-    let first = Round::read(dev, layout).await?;
-    let mut gone = Vec::new();
-    for block in first.slots.iter().flatten() {
-        if let Some(writer) = block.writer()
-            && dev.presence(writer.fence_key()).await? == Presence::Gone
-        {
-            gone.push(block);
-        }
-    }
-    let end = Instant::now() + watch;
-    let pause = (watch / 8).max(Duration::from_millis(50));
-    while !gone.is_empty() && Instant::now() + pause <= end {
-        tokio::time::sleep(pause).await;
-        let now = read_table(dev, layout, layout.heartbeats).await?;
-        let moved = |slot: Slot| now.get(usize::from(slot)).is_some_and(|b| b[..] != *first.heartbeat(slot));
-        if let Some(block) = gone.iter().find(|block| moved(block.writer().map_or(block.slot, |w| w.slot))) {
-            let name = block.host_name.clone();
-            return Ok(Some(if name.is_empty() { "a host without a name".into() } else { name }));
-        }
-    }
-    Ok(None)
 }

@@ -131,6 +131,8 @@ impl Volume {
                 self.store.forget(hold.id);
                 let group = Group::load(&self.store, &self.layout(), g, hold.clone(), &grant).await?;
                 self.alloc.add(g, group);
+                // The volume may have been noticed to have grown meanwhile.
+                self.alloc.grow(&self.layout());
                 Ok(())
             }
         }

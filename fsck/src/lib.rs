@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use blockdev::image::OpenMode;
 use blockdev::iscsi::Settings;
-use blockdev::open::{NameError, User, is_iscsi};
+use blockdev::open::{NameError, User, has_sectors_of_its_own};
 use blockdev::{BlockDevice, IoClass};
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -89,7 +89,7 @@ pub async fn open(path: &Path, mode: OpenMode) -> Result<Arc<dyn BlockDevice>, F
     for block in [0, NEAR_COPY, last] {
         let Ok(read) = dev.read(IoClass::Meta, block * BLOCK, BLOCK as usize).await else { continue };
         let Ok(sb) = Superblock::decode(&read) else { continue };
-        if sb.sector_size != dev.geometry().sector_size && !is_iscsi(path) {
+        if sb.sector_size != dev.geometry().sector_size && !has_sectors_of_its_own(dev.as_ref()) {
             return Ok(blockdev::open::open(path, user, Some(sb.sector_size), &settings).await?);
         }
         break;

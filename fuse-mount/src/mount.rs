@@ -1,12 +1,11 @@
 //! From a device's name to a served mount point, and back.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use blockdev::BlockDevice;
-use blockdev::open::{NameError, User, is_iscsi, open};
+use blockdev::open::{NameError, User, has_sectors_of_its_own, open};
 use cluster::HintNet;
 use cluster::udp::UdpHints;
 use fs_core::{MountConfig, MountError, Volume, read_superblock, refuse_unclean};
@@ -32,11 +31,6 @@ const READERS: usize = 2;
 pub enum Error {
     #[error(transparent)]
     Open(#[from] NameError),
-    #[error(
-        "{host} has it mounted, or another host: this kind of device cannot keep hosts apart (see docs/SAN.md). Name an iSCSI disk \
-         as iscsi://HOST/TARGET/LUN, make the volume with mkfs.clusterfs --locks=plain, or use one host"
-    )]
-    OtherHost { host: String },
     #[error(transparent)]
     Volume(#[from] MountError),
     #[error(transparent)]
@@ -148,22 +142,14 @@ async fn open_volume(device: &str, options: &Options, known: Arc<KnownInodes>) -
 async fn open_device(device: &str, options: &Options) -> Result<Arc<dyn BlockDevice>, Error> {
     let name = Path::new(device);
     let dev = open(name, User::Node, None, &options.iscsi).await?;
-    let superblock = match read_superblock(dev.as_ref()).await {
+    match read_superblock(dev.as_ref()).await {
         // The image was moved to a filesystem that wants larger sectors: go through its page cache.
-        Err(MountError::SectorSize { volume, .. }) if !is_iscsi(name) => {
+        Err(MountError::SectorSize { volume, .. }) if !has_sectors_of_its_own(dev.as_ref()) => {
             drop(dev);
-            return Ok(open(name, User::Node, Some(volume), &options.iscsi).await?);
+            Ok(open(name, User::Node, Some(volume), &options.iscsi).await?)
         }
-        superblock => superblock?,
-    };
-    let caw = !superblock.plain_locks();
-    if caw && std::fs::metadata(name).is_ok_and(|m| m.file_type().is_block_device()) {
-        let watch = superblock.timeouts.heartbeat() * 5 / 2;
-        if let Some(host) = cluster::foreign_node(dev.as_ref(), &superblock.layout().cluster(), watch).await? {
-            return Err(Error::OtherHost { host });
-        }
+        superblock => superblock.map(|_| dev).map_err(Error::from),
     }
-    Ok(dev)
 }
 
 async fn hint_net(device: &str, hints: Hints) -> Option<Arc<dyn HintNet>> {

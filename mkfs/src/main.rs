@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockdev::iscsi::Settings;
-use blockdev::open::{User, is_iscsi};
+use blockdev::open::{User, has_sectors_of_its_own};
 use blockdev::{BlockDevice, IoClass};
 use clap::{Parser, ValueEnum};
 use fs_core::format::item::Time;
@@ -121,7 +121,7 @@ async fn open(path: &Path) -> Result<Arc<dyn BlockDevice>, Box<dyn std::error::E
     let dev = blockdev::open::open(path, User::Tool, None, &Settings::default()).await?;
     let first = dev.read(IoClass::Meta, 0, 4096).await?;
     match Superblock::decode(&first) {
-        Ok(old) if old.sector_size != dev.geometry().sector_size && !is_iscsi(path) => {
+        Ok(old) if old.sector_size != dev.geometry().sector_size && !has_sectors_of_its_own(dev.as_ref()) => {
             Ok(blockdev::open::open(path, User::Tool, Some(old.sector_size), &Settings::default()).await?)
         }
         _ => Ok(dev),

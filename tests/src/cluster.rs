@@ -119,6 +119,8 @@ pub struct Cluster {
     pub netns: BTreeMap<usize, PathBuf>,
     /// ... and the other programs.
     pub programs_netns: Option<PathBuf>,
+    /// What nodes call the device, where it is not [`Cluster::image`].
+    pub devices: BTreeMap<usize, PathBuf>,
     /// Further mount options of nodes.
     pub options: BTreeMap<usize, String>,
     /// There is no volume: [`Cluster::local`].
@@ -146,6 +148,7 @@ impl Cluster {
             patience: PATIENCE,
             netns: BTreeMap::new(),
             programs_netns: None,
+            devices: BTreeMap::new(),
             options: BTreeMap::new(),
             local: false,
         })
@@ -293,7 +296,8 @@ impl Cluster {
         }
         let more = self.options.get(&number).map(|o| format!(",{o}")).unwrap_or_default();
         let options = format!("{options}{more}");
-        command.arg(self.image()).arg(&dir).args(["-f", "-o", &options]).stdout(log.try_clone()?).stderr(log);
+        let device = self.devices.get(&number).cloned().unwrap_or_else(|| self.image());
+        command.arg(device).arg(&dir).args(["-f", "-o", &options]).stdout(log.try_clone()?).stderr(log);
         let child = self.spawn(command).map_err(|e| format!("mount.clusterfs: {e}"))?;
         self.running.lock().push(Running { number, child, dir: dir.clone() });
         let deadline = Instant::now() + self.patience;

@@ -352,11 +352,22 @@ fn metadata_blocks(image: &[u8]) -> Vec<Vec<usize>> {
         let block = &image[b * BLOCK..(b + 1) * BLOCK];
         block.iter().any(|x| *x != 0) && !block.starts_with(MARK)
     };
-    let last = image.len() / BLOCK - 1;
-    // Areas as `clusterfs info` shows them for a volume of this size.
-    let classes = [0..1, 1..2, 2..131, 131..643, 643..647, 647..last, last..last + 1];
-    let all: Vec<Vec<usize>> = classes.into_iter().map(|c| c.filter(own).collect()).collect();
-    assert!(all.iter().filter(|c| !c.is_empty()).count() >= 6, "{:?}", all.iter().map(Vec::len).collect::<Vec<_>>());
+    let l = Superblock::decode(&image[..BLOCK]).unwrap().layout();
+    let [near, last] = l.superblock_copies();
+    let of_groups = |blocks: &dyn Fn(u32) -> std::ops::Range<u64>| (0..l.groups).flat_map(blocks).collect::<Vec<_>>();
+    let classes = [
+        vec![0],
+        vec![near],
+        (l.cluster_start..l.locks_start).collect(),
+        (l.locks_start..l.journals_start).collect(),
+        (l.journals_start..l.groups_start).collect(),
+        of_groups(&|g| l.group_header(g)..l.group_extent(g).start),
+        of_groups(&|g| l.group_extent(g).start..l.group_extent(g).end()),
+        vec![last],
+    ];
+    let all = classes.map(|c| c.into_iter().map(|b| b as usize).filter(own).collect::<Vec<_>>());
+    let all: Vec<Vec<usize>> = all.into();
+    assert!(all.iter().all(|c| !c.is_empty()), "{:?}", all.iter().map(Vec::len).collect::<Vec<_>>());
     all
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use clusterfs_tests::cluster::Cluster;
 use clusterfs_tests::load::{assert_once, make_boxes, noise};
+use clusterfs_tests::loop_device::LoopDevice;
 use clusterfs_tests::mail::{Mailer, deliver_maildir, read_maildir};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -159,5 +160,55 @@ fn what_a_dead_node_held_is_had_after_lease_and_queue_time() {
     (1..NODES).for_each(|n| c.kill9(n).unwrap());
     c.mount(2).unwrap();
     assert_eq!(fs::read_to_string(c.mount_point(2).join("held/second")).unwrap(), "by node 1");
+    c.finish();
+}
+
+/// Each host has a block device of its own over the same file: no lock and no page of one is seen by the others, and no datagram
+/// goes between them. All that they agree on, they agree on by reading and writing the disk.
+#[test]
+fn hosts_that_share_nothing_but_the_disk() {
+    let mut c = Cluster::formatted_with(NODES + 1, 256 << 20, LIMIT, &PLAIN).unwrap();
+    let devices: Vec<_> = (0..NODES).map(|_| LoopDevice::new(&c.image()).unwrap()).collect();
+    for (n, device) in devices.iter().enumerate() {
+        c.devices.insert(n, device.path().to_owned());
+        c.options.insert(n, format!("nohints,host=host{n}"));
+    }
+    // At once: they bid for the same slots.
+    std::thread::scope(|s| {
+        let mounts: Vec<_> = (0..NODES)
+            .map(|n| {
+                s.spawn({
+                    let c = &c;
+                    move || c.mount(n).map_err(|e| e.to_string())
+                })
+            })
+            .collect();
+        mounts.into_iter().for_each(|m| m.join().unwrap().unwrap());
+    });
+    make_boxes(&c.mount_point(0), &BOXES).unwrap();
+    let stop = AtomicBool::new(false);
+    let mut ids = Vec::new();
+    let delivered = std::thread::scope(|s| {
+        let threads: Vec<_> = (0..NODES)
+            .map(|n| {
+                let (root, stop) = (c.mount_point(n), &stop);
+                s.spawn(move || deliver(&root, 70 + n as u64, n, stop))
+            })
+            .collect();
+        std::thread::sleep(Duration::from_secs(3));
+        c.kill9(0).unwrap();
+        std::thread::sleep(TAKEOVER + Duration::from_secs(1));
+        stop.store(true, Relaxed);
+        threads.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+    });
+    for (n, d) in delivered.into_iter().enumerate() {
+        println!("host {n}: {} delivered, longest wait {:.1?}, {:?}", d.ids.len(), d.longest, d.error);
+        assert!(!d.ids.is_empty(), "host {n} delivered nothing");
+        assert_eq!(d.error.is_some(), n == 0, "host {n}");
+        ids.extend(d.ids);
+    }
+    (1..NODES).for_each(|n| assert_once(&c, n, &BOXES, &ids, read_maildir));
+    c.mount(0).unwrap();
+    assert_once(&c, 0, &BOXES, &ids, read_maildir);
     c.finish();
 }

@@ -12,7 +12,8 @@ use crate::{Result, programs, tools};
 /// gcc is cargo's linker; mount has mount(8) and umount(8). FUSE needs no package: the mount program speaks to the kernel
 /// itself. The mail servers are for tests, which run instances of their own; the others are what the bench measures beside this
 /// filesystem, and with. libiscsi7 is what iSCSI disks are reached by; tgt, istgt and iproute2 are for the tests of it: targets,
-/// and networks that can be cut.
+/// and networks that can be cut; user-mode-linux,
+/// open-iscsi and dmsetup for those of SCSI disks of the kernel: a kernel of their own.
 const PACKAGES: &[&str] = &[
     "gcc",
     "libc6-dev",
@@ -32,10 +33,22 @@ const PACKAGES: &[&str] = &[
     "tgt",
     "istgt",
     "iproute2",
+    "user-mode-linux",
+    "open-iscsi",
+    "dmsetup",
 ];
 
 /// Services that those packages would start, now and at the next boot.
-const SERVICES: &[&str] = &["dovecot.service", "dovecot.socket", "postfix.service", "tgt.service", "istgt.service"];
+const SERVICES: &[&str] = &[
+    "dovecot.service",
+    "dovecot.socket",
+    "postfix.service",
+    "tgt.service",
+    "istgt.service",
+    "open-iscsi.service",
+    "iscsid.service",
+    "iscsid.socket",
+];
 
 /// Answers to questions of the packages.
 const ANSWERS: &str = "postfix postfix/main_mailer_type select No configuration\n";
@@ -85,7 +98,9 @@ fn packages() -> Result<()> {
 }
 
 fn belongs(service: &str, package: &str) -> bool {
-    service.split('.').next().is_some_and(|name| package == name || package.strip_suffix("-core") == Some(name))
+    service.split('.').next().is_some_and(|name| {
+        package == name || package.strip_suffix("-core") == Some(name) || (package == "open-iscsi" && name == "iscsid")
+    })
 }
 
 fn answer() -> Result<()> {

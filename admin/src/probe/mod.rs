@@ -99,16 +99,22 @@ async fn write_to(path: &Path, reader: &Arc<dyn BlockDevice>, report: &mut Repor
         Err(why) => return report.push(Finding::new("scratch", Level::Fail, why)),
     };
     let mut devices: Vec<Arc<dyn BlockDevice>> = Vec::new();
-    for _ in 0..CONNECTIONS {
+    for number in 0..CONNECTIONS {
         // As a node: nothing is registered yet.
-        match blockdev::open::open(path, User::Node, None, &Settings::default()).await {
+        let user = if number > 0 && one_path(report) { User::BesideNode } else { User::Node };
+        match blockdev::open::open(path, user, None, &Settings::default()).await {
             Ok(dev) => devices.push(dev),
             Err(e) => return report.push(Finding::new("connections", Level::Fail, e.to_string())),
         }
     }
-    for finding in write::check(&devices, place).await {
+    for finding in write::check(&devices, place, one_path(report)).await {
         report.push(finding);
     }
+}
+
+/// Whether all that this host sends to the device is of one registration.
+fn one_path(report: &Report) -> bool {
+    report.of() == Kind::BlockDevice && report.compare_and_write.is_some()
 }
 
 /// Whether others can be kept from writing.

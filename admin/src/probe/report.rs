@@ -134,13 +134,13 @@ impl Report {
         self.fit = self.fit();
         self.written = asked && self.findings.iter().any(|f| f.check == "compare-and-write race");
         let failed: Vec<&str> = self.findings.iter().filter(|f| f.level == Level::Fail).map(|f| f.check).collect();
-        let who = match (self.of, self.fences) {
-            (Kind::Iscsi, true) => "for several hosts; a dead node is fenced",
-            (Kind::Iscsi, false) => "for several hosts; nothing fences a dead node, it is waited out",
-            (Kind::BlockDevice, _) => {
+        let who = match (self.of, self.compare_and_write.is_some(), self.fences) {
+            (_, true, true) => "for several hosts; a dead node is fenced",
+            (_, true, false) => "for several hosts; nothing fences a dead node, it is waited out",
+            (Kind::BlockDevice, false, _) => {
                 "for one host with several mounts; for several hosts with mkfs.clusterfs --locks=plain"
             }
-            (Kind::Image, _) => "for one host with several mounts",
+            (Kind::Image | Kind::Iscsi, false, _) => "for one host with several mounts",
         };
         self.verdict = if failed == ["scratch"] {
             format!("not tried, as nothing may be written; by what it says fit {who}")

@@ -49,6 +49,10 @@ impl BlockDevice for Faulty {
         self.inner.geometry()
     }
 
+    async fn look_at_size(&self) -> Result<Geometry> {
+        Ok(self.geometry())
+    }
+
     async fn readv(&self, class: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {
         self.inner.readv(class, offset, lens).await
     }
@@ -186,7 +190,7 @@ async fn what_was_written_between_the_look_and_the_registration_is_seen() {
     let place = scratch::find(devices[0].as_ref()).await.unwrap();
     disk.write_raw(place + 100, b"somebody's");
     let before = disk.read_raw(0, SIZE as usize);
-    let found = write::check(&devices, place).await;
+    let found = write::check(&devices, place, false).await;
     assert!(found.len() == 1 && found[0].text.contains("meanwhile"), "{found:?}");
     assert!(disk.read_raw(0, SIZE as usize) == before);
 }

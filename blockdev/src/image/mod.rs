@@ -1,4 +1,4 @@
-//! An image file (or a kernel block device) that several nodes on one host share.
+//! An image file (or a kernel block device that is no shared SCSI disk) that several nodes on one host share.
 //!
 //! Every node is one open file description. Locks of open file descriptions (fcntl, F_OFD_SETLK) do what a SCSI disk
 //! does by itself: a lock over the sector makes compare-and-write atomic against other compare-and-writes, and a lock
@@ -10,7 +10,6 @@
 //! sector half written; there a lock over everything orders reads and writes. Either way the calls run on tokio's
 //! blocking threads, one system call per operation.
 
-mod sys;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +27,7 @@ use tokio::sync::Mutex;
 
 use crate::{
     AlignedBuf, BlockDevice, Caw, DevError, DeviceStats, FenceKey, Fenced, FencingKind, Geometry, IoClass, Presence,
-    Result, WritePermit, range,
+    Result, WritePermit, range, sys,
 };
 
 /// The lock byte of slot 0: no image is that large.
@@ -143,6 +142,8 @@ pub struct ImageFile {
     size: AtomicU64,
     writable: bool,
     direct: bool,
+    /// A block device of the kernel.
+    block: bool,
     /// Locks of one description do not exclude each other: compare-and-writes of this node queue here, by sector. The
     /// guard travels with the blocking work, which goes on when its caller is dropped.
     caw: Vec<Arc<Mutex<()>>>,
@@ -205,17 +206,25 @@ impl ImageFile {
         if accepted && !direct {
             sys::set_buffered(&file).map_err(error)?;
         }
-        let size = size_of(&file, sector_size).map_err(error)?;
+        let size = sys::size_of(&file, sector_size).map_err(error)?;
         if size < MIN_SIZE {
-            return Err(OpenError::TooSmall { path: path.to_owned(), size, min: MIN_SIZE });
+            let end = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error)?;
+            return Err(OpenError::TooSmall { path: path.to_owned(), size: end, min: MIN_SIZE });
         }
         let ordered = if direct { None } else { Some(parking_lot::Mutex::new(open(0).map_err(error)?)) };
         Ok(Arc::new(Self {
             inner: Arc::new(Inner { file, ordered }),
-            geometry: Geometry { sector_size, size, write_cache: true, fencing: FencingKind::ProcessLock },
+            geometry: Geometry {
+                sector_size,
+                size,
+                write_cache: true,
+                fencing: FencingKind::ProcessLock,
+                others_unseen: kind.is_block_device(),
+            },
             size: AtomicU64::new(size),
             writable: mode == OpenMode::ReadWrite,
             direct,
+            block: kind.is_block_device(),
             caw: (0..CAW_SHARDS).map(|_| Arc::default()).collect(),
             slot: Arc::default(),
             permit: parking_lot::Mutex::default(),
@@ -255,7 +264,7 @@ impl ImageFile {
 
     /// Looks how large the file is now.
     fn measure(&self, op: &'static str) -> Result<Geometry> {
-        let size = size_of(&self.inner.file, self.geometry.sector_size).map_err(|e| io_error(op, 0, 0, e))?;
+        let size = sys::size_of(&self.inner.file, self.geometry.sector_size).map_err(|e| io_error(op, 0, 0, e))?;
         self.size.store(size, Relaxed);
         Ok(self.geometry())
     }
@@ -272,18 +281,8 @@ impl ImageFile {
     }
 }
 
-/// In whole sectors. The end of a block device is not in its metadata.
-fn size_of(mut file: &File, sector_size: u32) -> io::Result<u64> {
-    let end = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
-    Ok(end - end % u64::from(sector_size))
-}
-
-fn is_refusal(e: &io::Error) -> bool {
-    e.get_ref().is_some_and(|inner| inner.is::<sys::Refused>())
-}
-
 fn io_error(op: &'static str, offset: u64, len: usize, source: io::Error) -> DevError {
-    if is_refusal(&source) {
+    if sys::is_refusal(&source) {
         return DevError::Fenced;
     }
     DevError::Io { op, offset, len, source: Arc::new(source) }
@@ -345,7 +344,7 @@ impl BlockDevice for ImageFile {
             })
             .await?;
         outcome.map_err(|error| {
-            if is_refusal(&error) {
+            if sys::is_refusal(&error) {
                 return DevError::Fenced;
             }
             tracing::warn!(offset, %error, "compare-and-write failed while writing");
@@ -421,7 +420,11 @@ impl BlockDevice for ImageFile {
             return Ok(());
         }
         let permit = self.permit();
-        let punch = move |file: &File| sys::punch(file, offset, len, permit.as_deref());
+        let block = self.block;
+        let punch = move |file: &File| match block {
+            true => sys::discard(file, offset, len, permit.as_deref()),
+            false => sys::punch(file, offset, len, permit.as_deref()),
+        };
         self.blocking(op, offset, short, move |inner| inner.transfer(true, punch)).await
     }
 

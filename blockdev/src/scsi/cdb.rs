@@ -23,6 +23,11 @@ pub(crate) fn test_unit_ready() -> Cdb {
     Cdb::new(&[0; 6])
 }
 
+/// Whether a command can change what is on the device.
+pub(crate) fn writes(cdb: &Cdb) -> bool {
+    matches!(cdb.bytes[0], 0x89 | 0x8a | 0x42)
+}
+
 /// INQUIRY; `page`: vital product data.
 pub(crate) fn inquiry(page: Option<u8>) -> Cdb {
     // Older devices know only one byte of length.
@@ -142,6 +147,18 @@ pub(crate) enum Meaning {
 }
 
 impl Sense {
+    /// Sense data as a device sends them, of fixed or of descriptor format.
+    pub fn parse(data: &[u8]) -> Option<Self> {
+        match data.first()? & 0x7f {
+            0x70 | 0x71 => {
+                let code = be(data, 12).map_or(0, u16::from_be_bytes);
+                Some(Self { key: data.get(2)? & 0xf, code })
+            }
+            0x72 | 0x73 => Some(Self { key: data.get(1)? & 0xf, code: u16::from_be_bytes(be(data, 2)?) }),
+            _ => None,
+        }
+    }
+
     pub fn meaning(self) -> Meaning {
         match (self.key, self.code) {
             (0xe, _) => Meaning::Miscompare,
@@ -233,6 +250,11 @@ pub(crate) fn keys(data: &[u8]) -> Option<Vec<u64>> {
     (0..len / 8).map(|i| be64(data, 8 + 8 * i)).collect()
 }
 
+/// READ KEYS and READ RESERVATION: counts changes of registrations, anew after a power loss of the device.
+pub(crate) fn generation(data: &[u8]) -> Option<u32> {
+    be32(data, 0)
+}
+
 /// READ RESERVATION: the key and the type of the reservation, if there is one.
 pub(crate) fn reservation(data: &[u8]) -> Option<Option<(u64, u8)>> {
     match be32(data, 4)? {
@@ -278,11 +300,26 @@ mod tests {
         assert_eq!(capacity(&[0xff; 12]), None);
         assert_eq!(keys(&[0, 0, 0, 1, 0, 0, 0, 8]), None);
         assert_eq!(keys(&[0, 0, 0, 1, 0, 0, 0, 0]), Some(vec![]));
+        assert_eq!((generation(&[0, 0, 1, 2, 0]), generation(&[0; 3])), (Some(0x102), None));
         assert_eq!(reservation(&[0; 8]), Some(None));
         assert_eq!(reservation(&[0, 0, 0, 1, 0, 0, 0, 16, 0]), None);
         assert_eq!(caching(&[23, 0, 0x10, 0, 0x88, 0x12, 0x04]), Some((true, true)));
         assert_eq!(caching(&[23, 0, 0x10, 0, 0x0a, 0x12, 0x04]), None);
         assert_eq!(limits(&[0, 0x83, 0, 9, 0, 7]), Limits::default());
+    }
+
+    #[test]
+    fn sense_data_of_both_formats() {
+        let mut fixed = [0; 18];
+        (fixed[0], fixed[2], fixed[7], fixed[12]) = (0xf0, 0xe, 10, 0x1d);
+        let miscompare = Some(Sense { key: 0xe, code: 0x1d00 });
+        assert_eq!(Sense::parse(&fixed), miscompare);
+        assert_eq!(Sense::parse(&[0x72, 0xe, 0x1d, 0, 0, 0, 0, 0]), miscompare);
+        // Cut off before the code: the key counts.
+        assert_eq!(Sense::parse(&[0x70, 0, 6, 0, 0, 0, 0, 0]), Some(Sense { key: 6, code: 0 }));
+        assert_eq!(Sense::parse(&[]), None);
+        assert_eq!(Sense::parse(&[0x72, 6]), None);
+        assert_eq!(Sense::parse(&[0; 32]), None);
     }
 
     #[test]

@@ -50,6 +50,13 @@ pub(crate) enum Answer {
     Lost { sent: bool },
 }
 
+/// Where a command is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Paths {
+    Any,
+    Each,
+}
+
 /// Why a question was not answered.
 #[derive(Debug)]
 pub(crate) enum Refusal {
@@ -156,7 +163,7 @@ impl ScsiDisk {
     }
 
     /// RESERVATION CONFLICT in the terms of the caller.
-    pub(super) fn reserved(&self, what: What) -> DevError {
+    pub(crate) fn reserved(&self, what: What) -> DevError {
         if self.owner.lock().registered.is_some() {
             self.cut_off("the device refuses our commands: another node has fenced this one");
             return DevError::Fenced;
@@ -174,6 +181,10 @@ impl ScsiDisk {
         }
     }
 
+    pub(crate) fn is_cut_off(&self) -> bool {
+        self.fenced.load(SeqCst)
+    }
+
     pub(crate) fn admit_again(&self) {
         self.fenced.store(false, SeqCst);
     }
@@ -185,12 +196,26 @@ impl ScsiDisk {
         permit: &Option<Arc<dyn WritePermit>>,
         make: &(dyn Fn() -> (Cdb, Transfer) + Sync),
     ) -> Answer {
+        self.send_by(Paths::Any, connection, permit, make).await
+    }
+
+    pub(crate) async fn send_by(
+        &self,
+        paths: Paths,
+        connection: u64,
+        permit: &Option<Arc<dyn WritePermit>>,
+        make: &(dyn Fn() -> (Cdb, Transfer) + Sync),
+    ) -> Answer {
         let end = Instant::now() + BUSY_LIMIT;
         let mut pause = Duration::from_millis(5);
         let mut attentions = 0;
         loop {
             let (cdb, data) = make();
-            let reply = self.transport.execute(connection, Command { cdb, data, permit: permit.clone() }).await;
+            let command = Command { cdb, data, permit: permit.clone() };
+            let reply = match paths {
+                Paths::Any => self.transport.execute(connection, command).await,
+                Paths::Each => self.transport.execute_by_each_path(connection, command).await,
+            };
             let wait = match reply {
                 Reply::Good { bufs, received } => return Answer::Good { bufs, received },
                 Reply::Conflict => return Answer::Conflict,
@@ -322,7 +347,12 @@ impl ScsiDisk {
         }
     }
 
-    fn check_writable(&self, what: What) -> Result<()> {
+    /// Its size, as another than the disk itself knows it.
+    pub(crate) fn has_size(&self, size: u64) {
+        self.size.store(size, SeqCst);
+    }
+
+    pub(crate) fn check_writable(&self, what: What) -> Result<()> {
         if self.writable { Ok(()) } else { Err(what.error(ErrorKind::ReadOnlyFilesystem.into())) }
     }
 

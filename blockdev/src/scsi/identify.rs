@@ -48,7 +48,8 @@ impl Features {
 impl ScsiDisk {
     /// Asks the device what it is.
     pub(crate) async fn open(transport: Arc<dyn Transport>, mode: OpenMode) -> Result<Arc<Self>> {
-        let geometry = Geometry { sector_size: 512, size: 0, write_cache: true, fencing: FencingKind::None };
+        let geometry =
+            Geometry { sector_size: 512, size: 0, write_cache: true, fencing: FencingKind::None, others_unseen: false };
         let features = Features {
             product: String::new(),
             fua: false,
@@ -88,7 +89,7 @@ impl ScsiDisk {
             Err(_) => cdb::Limits::default(),
         };
         let most = u64::from(limits.transfer) * u64::from(sector_size);
-        self.geometry = Geometry { sector_size, size, write_cache, fencing: FencingKind::None };
+        self.geometry = Geometry { sector_size, size, write_cache, fencing: FencingKind::None, others_unseen: false };
         self.size.store(size, SeqCst);
         self.features = Features {
             product: cdb::product(&inquiry),

@@ -2,7 +2,7 @@
 //!
 //! [`disk`] is the [`BlockDevice`](crate::BlockDevice), [`identify`] finds out what it can do, [`reservation`] is its fencing,
 //! [`pieces`] takes large transfers apart, [`cdb`] builds commands and reads answers.
-//! A [`Transport`] (iSCSI) delivers single commands and knows when the connection under them was lost. It numbers its
+//! A [`Transport`] (iSCSI, or the host's kernel) delivers single commands and knows when the connection under them was lost. It numbers its
 //! connections: a command is sent only on the connection that it was meant for, so that whatever must be checked after a
 //! reconnect (is our registration still there?) is checked before anything else is sent.
 
@@ -60,7 +60,7 @@ impl Transfer {
 pub(crate) struct Command {
     pub cdb: Cdb,
     pub data: Transfer,
-    /// Asked immediately before the command is given to the network (I12).
+    /// Asked immediately before the command is given to the network or the kernel (I12).
     pub permit: Option<Arc<dyn WritePermit>>,
 }
 
@@ -92,6 +92,15 @@ pub(crate) trait Transport: Send + Sync + 'static {
     /// Sends on the given connection only. Once a newer one exists, commands of an older one have ended on the device or
     /// will not reach it.
     async fn execute(&self, connection: u64, command: Command) -> Reply;
+    /// As [`execute`](Self::execute), by each path to the unit: for registrations, which the device keeps per path.
+    async fn execute_by_each_path(&self, connection: u64, command: Command) -> Reply {
+        self.execute(connection, command).await
+    }
+    /// Whether a registration may end with the connection that it was made on, with nothing of that connection under way: then
+    /// it is made anew on the next one.
+    fn registrations_end_with_connections(&self) -> bool {
+        true
+    }
     /// LOGICAL UNIT RESET: every command that the device had accepted has ended when this returns `Good`.
     async fn reset_unit(&self, connection: u64) -> Reply;
 }

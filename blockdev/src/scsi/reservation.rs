@@ -9,12 +9,14 @@
 //! again, but only if its key is still there: if it is not, the node was fenced (or the device forgot its registrations, which
 //! comes to the same). A preemption between the look and the new registration does no harm: it comes after the end of the
 //! lease, so every permit asked for later is refused.
+//!
+//! A disk of the host's kernel has one registration per path, for all that this host sends: see [`crate::kernel`].
 
 use std::io::ErrorKind;
 use std::pin::Pin;
 
 use super::cdb::{self, Cdb, Meaning, ReserveIn, ReserveOut, WRITE_EXCLUSIVE_ALL_REGISTRANTS};
-use super::disk::{Answer, ScsiDisk, What};
+use super::disk::{Answer, Paths, ScsiDisk, What};
 use super::{Piece, Reply, Transfer};
 use crate::{AlignedBuf, DevError, FenceKey, Presence, Registrations, Result};
 
@@ -31,6 +33,8 @@ pub(crate) struct Owner {
     pub registered: Option<u64>,
     /// The device does not know PREEMPT AND ABORT.
     no_abort: bool,
+    /// The generation of registrations that was last seen.
+    generation: u32,
 }
 
 pub(crate) fn encode(key: FenceKey) -> u64 {
@@ -109,7 +113,9 @@ impl ScsiDisk {
         let persist = self.features.persists && action == ReserveOut::RegisterAndIgnore && other != 0;
         let (cdb, list) = cdb::reserve_out(action, own, other, persist);
         let list = std::sync::Arc::new(AlignedBuf::copy_of(&list));
-        match self.send(connection, &None, &|| (cdb, Transfer::Out(vec![Piece::whole(list.clone())]))).await {
+        let paths = if action == ReserveOut::RegisterAndIgnore { Paths::Each } else { Paths::Any };
+        let make = || (cdb, Transfer::Out(vec![Piece::whole(list.clone())]));
+        match self.send_by(paths, connection, &None, &make).await {
             Answer::Lost { .. } | Answer::Refused => Err(Trouble::Lost),
             answer => Ok(answer),
         }
@@ -176,7 +182,9 @@ impl ScsiDisk {
             })
         })
         .await?;
-        self.owner.lock().registered = Some(key);
+        let mut owner = self.owner.lock();
+        (owner.registered, owner.generation) = (Some(key), 0);
+        drop(owner);
         self.admit_again();
         Ok(())
     }
@@ -237,9 +245,57 @@ impl ScsiDisk {
         if self.check_own(&self.keys(connection).await?, own).is_err() {
             return Ok(());
         }
-        self.register_on(connection, own).await?;
+        if self.transport.registrations_end_with_connections() {
+            self.register_on(connection, own).await?;
+        }
         self.reserve_on(connection, own).await?;
         Ok(())
+    }
+
+    pub(crate) fn is_registered(&self) -> bool {
+        self.owner.lock().registered.is_some()
+    }
+
+    /// For a node whose write was refused although the device knows it: by the path that it went, we were not registered. To be
+    /// called with nothing of ours under way, which would be accepted although somebody fences us meanwhile.
+    pub(crate) async fn register_again(&self) -> Result<()> {
+        let what = What::new("register");
+        let own = self.own(what)?;
+        let _one = self.attaching.lock().await;
+        self.through(what, |connection| {
+            Box::pin(async move {
+                self.check_own(&self.keys(connection).await?, own)?;
+                self.register_on(connection, own).await?;
+                self.reserve_on(connection, own).await?;
+                Ok(())
+            })
+        })
+        .await?;
+        self.admit_again();
+        Ok(())
+    }
+
+    /// Looks whether we are registered and the reservation is in force, and whether the device has lost its power meanwhile.
+    pub(crate) async fn look_at_registration(&self) -> Result<()> {
+        let what = What::new("registration");
+        let Some(own) = self.owner.lock().registered else { return Ok(()) };
+        let _one = self.attaching.lock().await;
+        self.through(what, |connection| {
+            Box::pin(async move {
+                let data = self.answer(connection, cdb::reserve_in(ReserveIn::ReadKeys)).await?;
+                let seen = cdb::keys(&data).zip(cdb::generation(&data));
+                let Some((keys, generation)) = seen else { return Err(what.unknown().into()) };
+                self.check_own(&keys, own)?;
+                let before = std::mem::replace(&mut self.owner.lock().generation, generation);
+                if generation < before && self.geometry.write_cache {
+                    self.cut_off("the device has restarted, and writes that were not yet flushed may be gone");
+                    return Err(DevError::Fenced.into());
+                }
+                self.reserve_on(connection, own).await?;
+                Ok(())
+            })
+        })
+        .await
     }
 
     pub(crate) async fn key_presence(&self, key: u64) -> Result<Presence> {

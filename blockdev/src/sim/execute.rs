@@ -105,7 +105,7 @@ impl State {
                 }
             }
             Req::Register(key) => {
-                let exclusive = self.cfg.fencing == FencingKind::ProcessLock;
+                let exclusive = self.cfg.fencing == FencingKind::ProcessLock && !self.cfg.others_unseen;
                 if exclusive && self.slot_owner(key.slot).is_some_and(|owner| owner != node) {
                     return Err(req.io_error(std::io::ErrorKind::ResourceBusy.into()));
                 }
@@ -119,6 +119,11 @@ impl State {
                 Ok(Reply::Unit)
             }
             Req::Presence(key) => Ok(Reply::Presence(match self.cfg.fencing {
+                FencingKind::ProcessLock
+                    if self.cfg.others_unseen && self.nodes[node].registration.is_none_or(|r| r.slot != key.slot) =>
+                {
+                    Presence::Gone
+                }
                 FencingKind::ProcessLock if self.slot_owner(key.slot).is_some() => Presence::Present,
                 FencingKind::ProcessLock => Presence::Gone,
                 FencingKind::Reservations | FencingKind::None => Presence::Unknown,

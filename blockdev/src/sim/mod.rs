@@ -60,6 +60,8 @@ pub struct SimConfig {
     /// An operation that a hung node's initiator has kept for longer fails instead of being sent when the node wakes up. Zero: it is
     /// sent however late, and only fencing can stop it.
     pub queue_limit: Duration,
+    /// Each node is on a host of its own, and process locks show the own host's nodes only.
+    pub others_unseen: bool,
     /// The two parts of a multi-sector write take effect at different moments: readers can see half of it.
     pub split_writes: bool,
     pub rates: FaultRates,
@@ -78,6 +80,7 @@ impl SimConfig {
             cut_timeout: Duration::from_secs(2),
             late_write_delay: Duration::ZERO,
             queue_limit: Duration::ZERO,
+            others_unseen: false,
             split_writes: false,
             rates: FaultRates::default(),
         }
@@ -139,6 +142,7 @@ impl SimDisk {
             size: cfg.size,
             write_cache: cfg.write_cache,
             fencing: cfg.fencing,
+            others_unseen: cfg.others_unseen,
         };
         Arc::new(Self {
             geometry,

@@ -4,6 +4,7 @@ mod contention;
 mod harness;
 mod locking;
 mod membership;
+mod one_host;
 mod plain;
 mod takeover;
 mod transitions;

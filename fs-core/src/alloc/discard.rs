@@ -74,7 +74,7 @@ impl Inner {
     fn still_free(&mut self, run: Extent) -> Option<(Extent, Ticket)> {
         let number = self.layout.group_of(run.start)?;
         let group = self.groups.get_mut(&number)?;
-        let extent = Extent::new(self.layout.group_extent(number).start, group.len());
+        let extent = Extent::new(self.layout.group_extent(number).start, group.blocks());
         let end = run.end().min(extent.end());
         let mut at = run.start;
         while at < end {

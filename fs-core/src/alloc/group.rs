@@ -176,7 +176,7 @@ impl Group {
     }
 
     /// Blocks that it manages.
-    pub fn len(&self) -> u64 {
+    pub fn blocks(&self) -> u64 {
         self.busy.len()
     }
 

@@ -118,7 +118,7 @@ impl Allocator {
         if let Some(freed) = &mut i.freed {
             freed.forget(|block| layout.group_of(block) == Some(number));
         }
-        Some(LockValue { root: group.free_on_disk(), next_local: group.len(), version: group.version() })
+        Some(LockValue { root: group.free_on_disk(), next_local: group.blocks(), version: group.version() })
     }
 
     /// The volume grew: so may the last of the groups that it had.

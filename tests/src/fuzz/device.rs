@@ -61,7 +61,12 @@ impl Overlaid {
 impl BlockDevice for Overlaid {
     fn geometry(&self) -> Geometry {
         let size = self.base.len() as u64;
-        Geometry { sector_size: SECTOR as u32, size, write_cache: false, fencing: FencingKind::ProcessLock }
+        let fencing = FencingKind::ProcessLock;
+        Geometry { sector_size: SECTOR as u32, size, write_cache: false, fencing, others_unseen: false }
+    }
+
+    async fn look_at_size(&self) -> Result<Geometry> {
+        Ok(self.geometry())
     }
 
     async fn readv(&self, _: IoClass, offset: u64, lens: &[usize]) -> Result<Vec<AlignedBuf>> {

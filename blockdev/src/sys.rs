@@ -1,4 +1,4 @@
-//! The system calls of the image backend, each retried on EINTR and turned into a `Result`.
+//! The system calls on files and block devices, each retried on EINTR and turned into a `Result`.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -47,7 +47,7 @@ fn rest(parts: &[(*mut u8, usize)], done: usize) -> Vec<libc::iovec> {
 }
 
 /// Fills `bufs` from `offset`, with one call unless the kernel returns short.
-pub(super) fn read(file: &File, offset: u64, bufs: &mut [AlignedBuf]) -> io::Result<()> {
+pub(crate) fn read(file: &File, offset: u64, bufs: &mut [AlignedBuf]) -> io::Result<()> {
     let parts: Vec<_> = bufs.iter_mut().map(|b| (b.as_mut_ptr(), b.len())).collect();
     let total: usize = parts.iter().map(|p| p.1).sum();
     let mut done = 0;
@@ -67,11 +67,16 @@ pub(super) fn read(file: &File, offset: u64, bufs: &mut [AlignedBuf]) -> io::Res
 /// Nothing was written: the permit is not valid any more.
 #[derive(Debug, thiserror::Error)]
 #[error("the permit to write has ended")]
-pub(super) struct Refused;
+pub(crate) struct Refused;
+
+/// Whether an error is [`Refused`].
+pub(crate) fn is_refusal(e: &io::Error) -> bool {
+    e.get_ref().is_some_and(|inner| inner.is::<Refused>())
+}
 
 /// Writes `bufs` from `offset`, with one call unless the kernel returns short; `fua`: durable on return. The error is
 /// [`Refused`] without a `permit`.
-pub(super) fn write(
+pub(crate) fn write(
     file: &File,
     offset: u64,
     bufs: &[Arc<AlignedBuf>],
@@ -103,8 +108,25 @@ pub(super) fn write(
     if fua && flags == 0 { file.sync_data() } else { Ok(()) }
 }
 
-/// Deallocates a range; not an error where the filesystem cannot.
-pub(super) fn punch(file: &File, offset: u64, len: u64, permit: Option<&dyn WritePermit>) -> io::Result<()> {
+/// `_IO(0x12, 104)` and `_IO(0x12, 119)`, from linux/fs.h.
+const BLKSSZGET: u64 = 0x1268;
+const BLKDISCARD: u64 = 0x1277;
+
+/// Gives a range of a block device back; not an error where the device takes nothing back.
+pub(crate) fn discard(file: &File, offset: u64, len: u64, permit: Option<&dyn WritePermit>) -> io::Result<()> {
+    if permit.is_some_and(|p| !p.valid()) {
+        return Err(io::Error::other(Refused));
+    }
+    let range = [offset, len];
+    // SAFETY: the ioctl reads two numbers of 64 bits.
+    match retry(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD as _, range.as_ptr()) as _ }) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => Ok(()),
+        other => other.map(|_| ()),
+    }
+}
+
+/// Deallocates a range of a file; not an error where the filesystem cannot.
+pub(crate) fn punch(file: &File, offset: u64, len: u64, permit: Option<&dyn WritePermit>) -> io::Result<()> {
     if permit.is_some_and(|p| !p.valid()) {
         return Err(io::Error::other(Refused));
     }
@@ -134,7 +156,7 @@ fn set_lock(file: &File, kind: i32, start: u64, len: u64) -> io::Result<()> {
 }
 
 /// Tries to take a lock of this open file description; `false`: another one has a lock there that excludes it.
-pub(super) fn try_lock(file: &File, exclusive: bool, start: u64, len: u64) -> io::Result<bool> {
+pub(crate) fn try_lock(file: &File, exclusive: bool, start: u64, len: u64) -> io::Result<bool> {
     let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
     match set_lock(file, kind, start, len) {
         Ok(()) => Ok(true),
@@ -144,7 +166,7 @@ pub(super) fn try_lock(file: &File, exclusive: bool, start: u64, len: u64) -> io
 }
 
 /// Polls for a lock for `limit` at most, so that a stopped process cannot hold this one up for ever.
-pub(super) fn lock_within(file: &File, exclusive: bool, start: u64, len: u64, limit: Duration) -> io::Result<bool> {
+pub(crate) fn lock_within(file: &File, exclusive: bool, start: u64, len: u64, limit: Duration) -> io::Result<bool> {
     let mut pause = Duration::from_micros(20);
     let mut waited = Duration::ZERO;
     while !try_lock(file, exclusive, start, len)? {
@@ -158,12 +180,12 @@ pub(super) fn lock_within(file: &File, exclusive: bool, start: u64, len: u64, li
     Ok(true)
 }
 
-pub(super) fn unlock(file: &File, start: u64, len: u64) -> io::Result<()> {
+pub(crate) fn unlock(file: &File, start: u64, len: u64) -> io::Result<()> {
     set_lock(file, libc::F_UNLCK, start, len)
 }
 
 /// Whether another open file description has a lock there.
-pub(super) fn is_locked(file: &File, start: u64, len: u64) -> io::Result<bool> {
+pub(crate) fn is_locked(file: &File, start: u64, len: u64) -> io::Result<bool> {
     let mut lock = flock(libc::F_WRLCK, start, len);
     // SAFETY: the pointer is valid through the call.
     retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) as _ })?;
@@ -171,7 +193,7 @@ pub(super) fn is_locked(file: &File, start: u64, len: u64) -> io::Result<bool> {
 }
 
 /// Alignment that direct I/O needs, in bytes; `None`: the filesystem does not tell or has none.
-pub(super) fn direct_alignment(file: &File) -> Option<u32> {
+pub(crate) fn direct_alignment(file: &File) -> Option<u32> {
     let empty = CString::default();
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is a valid C string and `stat` is large enough.
@@ -188,9 +210,7 @@ pub(super) fn direct_alignment(file: &File) -> Option<u32> {
 }
 
 /// Logical sector size of a kernel block device.
-pub(super) fn block_sector_size(file: &File) -> io::Result<u32> {
-    /// `_IO(0x12, 104)`, from linux/fs.h.
-    const BLKSSZGET: u64 = 0x1268;
+pub(crate) fn block_sector_size(file: &File) -> io::Result<u32> {
     let mut size: libc::c_int = 0;
     // SAFETY: the ioctl writes one int.
     retry(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET as _, &mut size) as _ })?;
@@ -198,10 +218,16 @@ pub(super) fn block_sector_size(file: &File) -> io::Result<u32> {
 }
 
 /// Switches direct I/O off.
-pub(super) fn set_buffered(file: &File) -> io::Result<()> {
+pub(crate) fn set_buffered(file: &File) -> io::Result<()> {
     // SAFETY: plain system calls on an open descriptor.
     let flags = retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) as _ })?;
     let flags = flags as i32 & !libc::O_DIRECT;
     // SAFETY: as above.
     retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) as _ }).map(|_| ())
+}
+
+/// In whole sectors. The end of a block device is not in its metadata.
+pub fn size_of(mut file: &File, sector_size: u32) -> io::Result<u64> {
+    let end = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
+    Ok(end - end % u64::from(sector_size))
 }
