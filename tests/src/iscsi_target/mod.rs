@@ -337,6 +337,8 @@ struct Lines {
     open: Vec<TcpStream>,
     /// Answers of the target are thrown away, and the connection with them.
     deaf: bool,
+    /// No connection is let through.
+    cut: bool,
 }
 
 /// Forwards connections to a target.
@@ -377,6 +379,16 @@ impl Proxy {
         }
     }
 
+    /// Closes every connection, and new ones, until [`Proxy::mend`].
+    pub fn cut(&self) {
+        self.lines().cut = true;
+        self.drop_all();
+    }
+
+    pub fn mend(&self) {
+        self.lines().cut = false;
+    }
+
     /// The next answer of the target ends its connection unseen: what was asked for is done, but nobody knows.
     pub fn lose_next_answer(&self) {
         self.lines().deaf = true;
@@ -389,6 +401,9 @@ fn forward(near: &TcpStream, to: SocketAddr, lines: &Arc<Mutex<Lines>>) -> io::R
     far.set_nodelay(true)?;
     {
         let mut l = lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if l.cut {
+            return Ok(());
+        }
         l.open.push(near.try_clone()?);
         l.open.push(far.try_clone()?);
     }
