@@ -11,7 +11,7 @@
 //! A node of this host that dies is not seen from then on, and may have written a heartbeat just before: what counts are
 //! heartbeats that differ between two reads that both began when it was not seen.
 
-use blockdev::{BlockDevice, DevError, FencingKind, IoClass, Presence};
+use blockdev::{BlockDevice, FencingKind, IoClass, Presence};
 use tokio::time::{Duration, Instant};
 
 use crate::format::{Heartbeat, SlotBlock};
@@ -62,12 +62,8 @@ impl Unseen {
     }
 }
 
-/// The host of a node that beats and is not seen.
-async fn other_host(
-    dev: &dyn BlockDevice,
-    layout: &Layout,
-    timeouts: &Timeouts,
-) -> std::result::Result<Option<String>, DevError> {
+/// Whether no node beats that is not seen.
+async fn alone(dev: &dyn BlockDevice, layout: &Layout, timeouts: &Timeouts) -> Result<()> {
     let mut unseen: Vec<SlotBlock> = Vec::new();
     for block in Round::read(dev, layout).await?.slots.into_iter().flatten() {
         if let Some(writer) = block.writer()
@@ -86,21 +82,15 @@ async fn other_host(
             of.get(usize::from(slot)).map(|b| b.to_vec())
         };
         if let Some(block) = unseen.iter().find(|block| beat(&now, block) != beat(&first, block)) {
-            return Ok(Some(block.host_name.clone()));
+            return Err(ClusterError::OtherHost { host: block.host_name.clone() });
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 /// The first look.
 pub(crate) async fn refuse_others(dev: &dyn BlockDevice, layout: &Layout, timeouts: &Timeouts) -> Result<()> {
-    if !applies(dev) {
-        return Ok(());
-    }
-    match other_host(dev, layout, timeouts).await? {
-        Some(host) => Err(ClusterError::OtherHost { host }),
-        None => Ok(()),
-    }
+    if applies(dev) { alone(dev, layout, timeouts).await } else { Ok(()) }
 }
 
 /// Whether another node of this host lives: it has made sure that the host is alone.
@@ -123,12 +113,8 @@ pub(crate) async fn prove_alone(
 ) -> Result<()> {
     // Who saw the slots as they were before our claim has made its own by now.
     tokio::time::sleep(timeouts.heartbeat() / 2).await;
-    let (others, own) = tokio::join!(other_host(dev, layout, timeouts), slot_stays(dev, layout, timeouts, mine, nonce));
-    own?;
-    match others? {
-        Some(host) => Err(ClusterError::OtherHost { host }),
-        None => Ok(()),
-    }
+    let (others, own) = tokio::join!(alone(dev, layout, timeouts), slot_stays(dev, layout, timeouts, mine, nonce));
+    own.and(others)
 }
 
 /// Compare-and-write does not exclude other hosts there: two may have claimed one slot.
