@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockdev::{AlignedBuf, BlockDevice, DevError, IoClass};
-use cluster::{ClusterError, JoinConfig, LockClient, LockId, LockValue, Mode, Node, NodeId};
+use cluster::{ClusterError, LockId, LockValue, Mode, Node};
 use tokio::task::JoinSet;
 
 use crate::error::Result;
@@ -25,6 +25,7 @@ use crate::format::group::fresh_header;
 use crate::format::layout::{BLOCK, NO_DOMAIN, VolumeLayout};
 use crate::format::superblock::{RO_COMPAT_KNOWN, Superblock, SuperblockError};
 use crate::recovery::JournalRecoverer;
+use crate::visit;
 use crate::volume::Volume;
 
 /// Another program that has the lock does not take longer, unless it is at work on a very large device.
@@ -72,15 +73,6 @@ impl From<ClusterError> for GrowError {
     }
 }
 
-/// Nobody wants anything of who grows but another one that would grow, who waits.
-struct Growing;
-
-impl LockClient for Growing {
-    fn demand(&self, _: LockId, _: Mode) {}
-    fn recovered(&self, _: NodeId) {}
-    fn lapsed(&self) {}
-}
-
 async fn superblock(dev: &Arc<dyn BlockDevice>) -> std::result::Result<Superblock, GrowError> {
     Ok(Superblock::decode(&dev.read(IoClass::Meta, 0, BLOCK as usize).await?)?)
 }
@@ -110,19 +102,8 @@ pub async fn grow(dev: &Arc<dyn BlockDevice>, seed: u64) -> std::result::Result<
     if grown.from == grown.to {
         return Ok(grown);
     }
-    let layout = sb.layout();
-    let node = Node::join(JoinConfig {
-        device: dev.clone(),
-        layout: layout.cluster(),
-        timeouts: sb.timeouts,
-        hint_key: sb.hint_key,
-        net: None,
-        host_name: "clusterfs grow".into(),
-        recoverer: Arc::new(JournalRecoverer::new(dev.clone(), layout)),
-        seed,
-    })
-    .await?;
-    node.start(Arc::new(Growing));
+    let recoverer = Arc::new(JournalRecoverer::new(dev.clone(), sb.layout()));
+    let node = visit::join(dev, &sb, "clusterfs grow", recoverer, seed).await?;
     let done = joined(&node, size).await;
     // Frees the lock, too.
     let left = node.leave().await;

@@ -27,6 +27,7 @@ pub mod tree;
 mod txn;
 pub mod types;
 mod unnamed;
+mod visit;
 mod volume;
 
 pub use error::{FsError, Result};

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockdev::{AlignedBuf, BlockDevice, IoClass};
-use cluster::{JoinConfig, LockClient, LockId, Mode, Node, NodeId, Recoverer, Slot, SlotState};
+use cluster::{Node, NodeId, Recoverer, Slot, SlotState};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -18,6 +18,7 @@ use crate::check::ADVICE;
 use crate::format::layout::{BLOCK, VolumeLayout};
 use crate::format::superblock::Superblock;
 use crate::recovery::JournalRecoverer;
+use crate::visit;
 
 /// For the replay itself, beyond the time in which a node is found dead.
 const REPLAY_TIME: Duration = Duration::from_secs(120);
@@ -55,15 +56,6 @@ pub async fn slots(
 async fn superblock(dev: &Arc<dyn BlockDevice>) -> Result<Superblock, RepairError> {
     let first = dev.read(IoClass::Meta, 0, BLOCK as usize).await?;
     Ok(Superblock::decode(&first)?)
-}
-
-/// Holds no locks, so nobody wants anything of it.
-struct NoLocks;
-
-impl LockClient for NoLocks {
-    fn demand(&self, _: LockId, _: Mode) {}
-    fn recovered(&self, _: NodeId) {}
-    fn lapsed(&self) {}
 }
 
 /// Replays the journals of `dead` and ends their incarnations: joins as a node does and waits until the recovery of all is
@@ -159,19 +151,7 @@ pub(super) async fn join(
     seed: u64,
 ) -> Result<(Arc<Node>, Superblock), RepairError> {
     let sb = superblock(dev).await?;
-    let layout = sb.layout();
-    let node = Node::join(JoinConfig {
-        device: dev.clone(),
-        layout: layout.cluster(),
-        timeouts: sb.timeouts,
-        hint_key: sb.hint_key,
-        net: None,
-        host_name: "fsck.clusterfs".into(),
-        recoverer,
-        seed,
-    })
-    .await?;
-    node.start(Arc::new(NoLocks));
+    let node = visit::join(dev, &sb, "fsck.clusterfs", recoverer, seed).await?;
     Ok((node, sb))
 }
 
